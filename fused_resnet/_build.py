@@ -1,0 +1,3 @@
+"""stub until setup merges."""
+extension = None
+extension_error: str | None = "not built"
