@@ -1,3 +1,4 @@
 """stub until setup merges."""
+
 extension = None
 extension_error: str | None = "not built"

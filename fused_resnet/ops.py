@@ -127,7 +127,9 @@ def _check_conv(
                 f"precision), got {_describe(t)}"
             )
         if t.dim() != 1 or t.shape[0] != k:
-            raise ValueError(f"{name} must be [{k}], one value an output channel; got {_describe(t)}")
+            raise ValueError(
+                f"{name} must be [{k}], one value an output channel; got {_describe(t)}"
+            )
         if t.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}; got {_describe(t)}")
     oh = conv_out_size(x.shape[2], r, stride[0], padding[0], dilation[0])
@@ -140,7 +142,9 @@ def _check_conv(
     return oh, ow
 
 
-def _check_epilogue(x: Tensor, residual: Tensor | None, shape: Sequence[int], epilogue: str) -> None:
+def _check_epilogue(
+    x: Tensor, residual: Tensor | None, shape: Sequence[int], epilogue: str
+) -> None:
     if epilogue not in EPILOGUES:
         raise ValueError(f"unknown epilogue {epilogue!r}; one of {', '.join(EPILOGUES)}")
     if epilogue in RESIDUAL_EPILOGUES:
@@ -302,9 +306,7 @@ def _conv_affine_relu_maxpool(
     pool_padding: Ints,
 ) -> Tensor:
     pool = MaxPool(_pair(pool_kernel), _pair(pool_stride), _pair(pool_padding))
-    return _conv(
-        x, weight, scale, shift, None, stride, padding, dilation, groups, "relu", pool
-    )
+    return _conv(x, weight, scale, shift, None, stride, padding, dilation, groups, "relu", pool)
 
 
 def _add_choice(a: Tensor, b: Tensor, inplace: bool) -> backends.Choice:
@@ -495,7 +497,11 @@ def _autocast(op: Callable[..., Any], device: str, kept: tuple[int, ...]) -> Cal
     def rule(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         cast_args = [
-            (a.float() if isinstance(a, Tensor) and a.dtype in (torch.float16, torch.bfloat16) else a)
+            (
+                a.float()
+                if isinstance(a, Tensor) and a.dtype in (torch.float16, torch.bfloat16)
+                else a
+            )
             if i in kept
             else cast(a, dtype)
             for i, a in enumerate(args)

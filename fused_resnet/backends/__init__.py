@@ -55,7 +55,6 @@ class Choice:
     rejected: tuple[tuple[str, str], ...] = ()
 
 
-_forced: ContextVar[tuple[str, ...] | None] = ContextVar("fused_resnet_backend", default=None)
 _observers: ContextVar[tuple[list[Choice], ...]] = ContextVar("fused_resnet_observers", default=())
 _lock = threading.RLock()
 # (kernel, op, device, dtype) -> None once verified, else why it must not be used.
@@ -71,6 +70,24 @@ def _validated(names: tuple[str, ...]) -> tuple[str, ...]:
     if not names:
         raise ValueError(f"name at least one backend of {', '.join(NAMES)}")
     return names
+
+
+def _from_environment() -> tuple[str, ...] | None:
+    value = os.environ.get(ENV, "")
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    try:
+        return _validated(names) if names else None
+    except ValueError as e:
+        raise ValueError(f"environment variable {ENV}={value!r}: {e}") from None
+
+
+#: The override within this thread or task; the environment variable, read once, is its default.
+_forced: ContextVar[tuple[str, ...] | None] = ContextVar(
+    "fused_resnet_backend", default=_from_environment()
+)
+
+#: The backends that `backend` or the environment variable force at this point, if any.
+forced = _forced.get
 
 
 @contextlib.contextmanager
@@ -95,22 +112,6 @@ def backend(*names: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
-
-
-def _from_environment() -> tuple[str, ...] | None:
-    value = os.environ.get(ENV, "").strip()
-    if not value:
-        return None
-    try:
-        return _validated(tuple(name.strip() for name in value.split(",") if name.strip()))
-    except ValueError as e:
-        raise ValueError(f"environment variable {ENV}={value!r}: {e}") from None
-
-
-def forced() -> tuple[str, ...] | None:
-    """The backends that `backend` or the environment variable force at this point, if any."""
-    names = _forced.get()
-    return names if names is not None else _from_environment()
 
 
 def generation() -> int:
@@ -143,9 +144,7 @@ def candidates(op: str, problem: Problem, device: torch.device) -> list[Kernel]:
         order = names[: names.index("torch") + 1]
     ranked = [k for name in order for k in KERNELS if k.op == op and k.backend == name]
     # A stable sort: backends keep their order among the promising and among the rest; torch is last.
-    return sorted(
-        ranked, key=lambda k: (k.backend == "torch", not k.promising(problem, device))
-    )
+    return sorted(ranked, key=lambda k: (k.backend == "torch", not k.promising(problem, device)))
 
 
 def choose(op: str, problem: Problem, device: torch.device) -> Choice:

@@ -56,9 +56,7 @@ class OneDnnConv(PackedKernel):
         size = (problem.n, problem.h, problem.w)
         return (*size, problem.stride, problem.padding, problem.dilation)
 
-    def prepare(
-        self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor
-    ) -> Packed:
+    def prepare(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
         """Weights in oneDNN's blocked layout, with the scale folded in where that is exact enough."""
         bias: Tensor | None = shift.detach()
         weight = weight.detach()
@@ -138,9 +136,7 @@ class FoldedAtenConv(PackedKernel):
             and weights <= 65536
         )
 
-    def prepare(
-        self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor
-    ) -> Packed:
+    def prepare(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
         """Folded weights, dense in channels_last order."""
         folded = fold_scale(weight.detach(), scale)
         return Packed(folded.contiguous(memory_format=torch.channels_last), shift.detach())
@@ -178,9 +174,7 @@ class CudnnConv(PackedKernel):
             return f"cuDNN's call ends in a ReLU, epilogue {problem.epilogue!r} does not fit it"
         return None
 
-    def prepare(
-        self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor
-    ) -> Packed:
+    def prepare(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
         """Folded weights, dense in channels_last order."""
         folded = fold_scale(weight.detach(), scale)
         return Packed(folded.contiguous(memory_format=torch.channels_last), shift.detach())
