@@ -184,8 +184,8 @@ def extension() -> tuple[Extension, type[Command]]:
         ("FUSED_RESNET_CUDA_ARCHS", f'"{archs}"'),
     ]
     ext = cpp_extension.CUDAExtension(**arguments)
-    # torch's headers include those of cuBLAS, cuSPARSE and others, which a toolkit may lack; torch's
-    # wheels bring them. They come last: nvcc must find its own release of the common ones first.
+    # torch's headers include those of cuBLAS, cuSPARSE and others, which a toolkit may lack and the
+    # wheels beside torch bring. They come last: nvcc must find its own release of the rest first.
     packages = Path(torch.__file__).parents[1]
     ext.include_dirs += sorted(str(path) for path in packages.glob("nvidia/*/include"))
     return ext, BuildExtension
