@@ -61,7 +61,9 @@ at::Tensor add_relu(const at::Tensor& a, const at::Tensor& b, bool inplace) {
                     a.sizes(), " with strides ", a.strides(), " and ", b.strides());
   const cpu::AddReluKernel kernel = cpu::add_relu_kernel(kernel_dtype(a), cpu::current_isa());
 
-  if (inplace) at::assert_no_partial_overlap(a, b);
+  TORCH_CHECK_VALUE(!inplace || at::get_overlap_status(a, b) != at::MemOverlapStatus::Partial,
+                    "add_relu: in place, expected b to be a itself or to share no memory with it, "
+                    "found a partial overlap");
   const at::Tensor out = inplace ? a : at::empty_like(a);
   // The writable pointer first: asking for it moves a copy-on-write tensor.
   auto* out_data = static_cast<char*>(out.mutable_data_ptr());

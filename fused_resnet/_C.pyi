@@ -9,9 +9,9 @@ def add_relu(a: Tensor, b: Tensor, inplace: bool) -> Tensor:
     and rounded once. With ``inplace`` the result is written to, and is, ``a``. Knows no autograd.
 
     Raises:
-        ValueError: the tensors are not on the CPU, differ in shape or strides, or are not dense.
+        ValueError: the tensors are not on the CPU, differ in shape or strides, are not dense, or,
+            with ``inplace``, overlap in part.
         TypeError: the tensors differ in dtype, or it is none of the four.
-        RuntimeError: ``inplace``, and ``a`` and ``b`` overlap in part.
     """
 
 def isa() -> str:

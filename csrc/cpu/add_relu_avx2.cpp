@@ -6,6 +6,7 @@
 #include "cpu/add_relu_loop.h"
 
 namespace fused_resnet::cpu {
+namespace avx2 {
 namespace {
 
 // max(0, x) returns its second operand when either is NaN or both are zeros, so NaN and -0 pass.
@@ -65,12 +66,13 @@ struct Float64 {
 };
 
 }  // namespace
+}  // namespace avx2
 
 const AddReluKernels kAddReluAvx2 = {
-    add_relu_loop<Float32>,
-    add_relu_loop<Float16>,
-    add_relu_loop<BFloat16>,
-    add_relu_loop<Float64>,
+    add_relu_loop<avx2::Float32>,
+    add_relu_loop<avx2::Float16>,
+    add_relu_loop<avx2::BFloat16>,
+    add_relu_loop<avx2::Float64>,
 };
 
 }  // namespace fused_resnet::cpu

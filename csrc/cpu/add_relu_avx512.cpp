@@ -9,6 +9,7 @@
 #include "cpu/add_relu_loop.h"
 
 namespace fused_resnet::cpu {
+namespace avx512 {
 namespace {
 
 // max(0, x) returns its second operand when either is NaN or both are zeros, so NaN and -0 pass.
@@ -66,12 +67,13 @@ struct Float64 {
 };
 
 }  // namespace
+}  // namespace avx512
 
 const AddReluKernels kAddReluAvx512 = {
-    add_relu_loop<Float32>,
-    add_relu_loop<Float16>,
-    add_relu_loop<BFloat16>,
-    add_relu_loop<Float64>,
+    add_relu_loop<avx512::Float32>,
+    add_relu_loop<avx512::Float16>,
+    add_relu_loop<avx512::BFloat16>,
+    add_relu_loop<avx512::Float64>,
 };
 
 }  // namespace fused_resnet::cpu
