@@ -350,13 +350,17 @@ def _plan(module: nn.Module, inline: frozenset[Key], sites: tuple[Site, ...]) ->
         return trace, trace.graph, code.src, code.globals
 
     trace, graph, source, scope = rewritten()
-    with _mode(module, training=True), torch.enable_grad():
-        eval_only = _source_or_none(rewritten) != source
+    through = [frame.path for key, frame in trace.frames.items() if key in inline]
+    eval_only = False
+    # A Sequential does the same in every mode; the tracing of all others is repeated in train mode.
+    traced = (module, *map(module.get_submodule, through))
+    if any(stock_class(m).forward is not nn.Sequential.forward for m in traced):
+        with _mode(module, training=True), torch.enable_grad():
+            eval_only = _source_or_none(rewritten) != source
     if eval_only:
         with torch.enable_grad():
             if _source_or_none(rewritten) != source:
                 raise Untraceable("its forward depends on whether gradients are enabled")
-    through = [frame.path for key, frame in trace.frames.items() if key in inline]
     through += [str(node.target) for site in sites for node in site.skipped]
     through += _containers(module, set(through))
     inlined = tuple(_inlined(path, module.get_submodule(path)) for path in dict.fromkeys(through))

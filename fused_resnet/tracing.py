@@ -163,7 +163,8 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, inline: Callable[[Key], bool]) -> None:
-        super().__init__()
+        # Wrapping the functions of math, which torch.fx does by default, takes longer than most traces.
+        super().__init__(autowrap_modules=())
         self._inline = inline
         self._frame: Key = ()
         self._next = [0]
