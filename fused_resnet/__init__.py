@@ -2,6 +2,7 @@
 
 from fused_resnet import functional
 from fused_resnet.backends import FusedResNetWarning, backend
+from fused_resnet.explain import Explanation, explain
 from fused_resnet.fold import refresh
 from fused_resnet.fuse import fuse, unfuse
 from fused_resnet.modules import BasicBlock, Bottleneck, ConvBNAct, Stem
@@ -27,12 +28,14 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ConvBNAct",
+    "Explanation",
     "FusedResNetWarning",
     "ResNet",
     "Stem",
     "__version__",
     "backend",
     "cifar_resnet",
+    "explain",
     "functional",
     "fuse",
     "plain18",

@@ -33,6 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fused_resnet import nodes, patterns, tracing
 from fused_resnet.backends import FusedResNetWarning
+from fused_resnet.functional import conv_bn_act, conv_bn_act_maxpool
 from fused_resnet.patterns import Match, Site
 from fused_resnet.tracing import FusedModule, Key, Trace, Untraceable, stock_class
 
@@ -213,20 +214,42 @@ class Analysis:
 
 def analyse(model: nn.Module) -> list[Analysis]:
     """Analyse every module of ``model`` that is no leaf, outermost first; nothing is changed."""
+    found: list[Analysis] = []
+    fused: set[nn.Module] = set()
     with _mode(model, training=False), torch.no_grad():
-        found = [
-            _analyse(path, module)
-            for path, module in model.named_modules()
-            if not tracing.is_leaf(module) and _has_forward(module)
-        ]
+        for path, module in model.named_modules():
+            if not tracing.is_leaf(module) and _has_forward(module):
+                analysis = _analyse(path, module, fused)
+                fused |= _modules_of_own_calls(analysis)
+                found.append(analysis)
     return found
+
+
+def _modules_of_own_calls(analysis: Analysis) -> set[nn.Module]:
+    """Modules that the forward passes to fused functions by itself, as this package's own modules do."""
+    if analysis.trace is None:
+        return set()
+    return {
+        analysis.module.get_submodule(str(argument.target))
+        for node in analysis.trace.graph.nodes
+        if node.op == "call_function" and node.target in patterns.OWN_FUNCTIONS
+        for argument in node.args[1:3]
+        if isinstance(argument, fx.Node) and argument.op == "get_attr" and _is_module(argument)
+    }
+
+
+def _is_module(node: fx.Node) -> bool:
+    """Whether a get_attr node stands for a module, as the functional layer records them."""
+    (user,) = node.users
+    return user.target in (*nodes.FUNCTIONS, conv_bn_act, conv_bn_act_maxpool)
 
 
 def _has_forward(module: nn.Module) -> bool:
     return stock_class(module).forward is not nn.Module.forward
 
 
-def _analyse(path: str, module: nn.Module) -> Analysis:
+def _analyse(path: str, module: nn.Module, fused: set[nn.Module] | None = None) -> Analysis:
+    """Analyse one module; sites of convolutions in ``fused`` are not its to make."""
     analysis = Analysis(path, module)
     try:
         analysis.trace = tracing.trace(module)
@@ -239,7 +262,14 @@ def _analyse(path: str, module: nn.Module) -> Analysis:
         for node in trace.graph.nodes
         if node.op == "call_function"
     )
-    analysis.match = patterns.match(trace.graph, dict(module.named_modules()))
+    modules = dict(module.named_modules())
+    analysis.match = patterns.match(trace.graph, modules)
+    if fused:
+        analysis.match.sites = [
+            site
+            for site in analysis.match.sites
+            if site.conv is None or modules[str(site.conv.target)] not in fused
+        ]
     inline, sites = _own_sites(trace, analysis.match.sites)
     if not sites:
         return analysis

@@ -172,9 +172,7 @@ def _fits(residual: Any, x: Tensor, conv: nn.Module) -> bool:
         size = x.shape[2 + i]
         if padding != "same":
             pad = 0 if isinstance(padding, str) else padding
-            size = conv_out_size(
-                size, conv.kernel_size[i], conv.stride[i], pad, conv.dilation[i]
-            )
+            size = conv_out_size(size, conv.kernel_size[i], conv.stride[i], pad, conv.dilation[i])
         if residual.shape[2 + i] != size:
             return False
     return True

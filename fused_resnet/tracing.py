@@ -322,10 +322,13 @@ class _Tracer(fx.Tracer):
         node = value.node
         if node.op == "placeholder":
             self.result.tensors.add(node.target)
-        elif not (
-            node.op == "call_module"
-            and builtins.isinstance(self.root.get_submodule(node.target), _TENSOR_LEAVES)
-        ) and node.target not in _TENSOR_FUNCTIONS:
+        elif (
+            not (
+                node.op == "call_module"
+                and builtins.isinstance(self.root.get_submodule(node.target), _TENSOR_LEAVES)
+            )
+            and node.target not in _TENSOR_FUNCTIONS
+        ):
             raise Untraceable(f"it asks for the type of {node.name}")
         return issubclass(Tensor, classes)
 
@@ -396,7 +399,9 @@ def _unchanged(root: nn.Module) -> Iterator[None]:
         culprit = ""
         for module, attributes, containers in before:
             now = vars(module)
-            changed = [k for k in {*now, *attributes} if now.get(k, _NONE) is not attributes.get(k, _NONE)]
+            changed = [
+                k for k in {*now, *attributes} if now.get(k, _NONE) is not attributes.get(k, _NONE)
+            ]
             if changed:
                 now.clear()
                 now.update(attributes)
