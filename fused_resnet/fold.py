@@ -7,23 +7,34 @@ In eval mode a batch norm is an affine map of each channel:
 
 Both are computed in float64 and rounded once, to fp32 (they stay float64 for float64 models). The cache
 lives outside of the modules: it is in no state_dict, no pickle and no copy. An entry holds as long as the
-tensors it came from are the same objects, at the same address, in the same version.
+tensors it came from lie at the same address, in storages that are still alive, in the same version.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
+from torch.nn.utils import parametrize
+
+from fused_resnet.backends.kernel import capturing, keep
 
 _FROZEN = "FrozenBatchNorm2d"
 
 
 def is_plain_conv(module: object) -> bool:
-    """Whether ``module`` computes exactly what ``nn.Conv2d`` computes."""
-    return isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
+    """Whether ``module`` computes exactly what ``nn.Conv2d`` computes, from parameters of its own."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and type(module).forward is nn.Conv2d.forward
+        and type(module)._conv_forward is nn.Conv2d._conv_forward
+        and "forward" not in vars(module)
+        # A parametrized weight may change at every access, as that of spectral_norm does.
+        and not parametrize.is_parametrized(module)
+    )
 
 
 def why_not_foldable(bn: nn.Module | None) -> str | None:
@@ -39,6 +50,10 @@ def why_not_foldable(bn: nn.Module | None) -> str | None:
         plain = nn.BatchNorm2d if isinstance(bn, nn.BatchNorm2d) else nn.SyncBatchNorm
         if type(bn).forward is not plain.forward:
             return f"{name} overrides the forward of {plain.__name__}"
+        if "forward" in vars(bn):
+            return f"the forward of this {name} was replaced"
+        if parametrize.is_parametrized(bn):
+            return f"{name} is parametrized"
         if bn.running_mean is None or bn.running_var is None:
             return (
                 f"{name} keeps no running statistics, so it normalises by the batch's in eval too"
@@ -137,14 +152,20 @@ class _CachedFold(torch.autograd.Function):
 
 
 class _Entry:
-    """A cached (scale, shift) with the tensors it came from, which it keeps alive."""
+    """A cached (scale, shift) with the state of the tensors it came from."""
 
-    __slots__ = ("result", "sources", "state")
+    __slots__ = ("result", "state", "storages")
 
-    def __init__(self, state: Any, sources: Any, result: tuple[Tensor, Tensor]) -> None:
+    def __init__(
+        self, state: Any, storages: Iterable[UntypedStorage], result: tuple[Tensor, Tensor]
+    ) -> None:
         self.state = state
-        self.sources = sources
+        self.storages = [weakref.ref(s) for s in storages]
         self.result = result
+
+    def holds(self, state: Any) -> bool:
+        # A storage that is gone may have left its address to another tensor's.
+        return bool(self.state == state) and all(ref() is not None for ref in self.storages)
 
 
 _cache: weakref.WeakKeyDictionary[nn.Module, dict[int, _Entry]] = weakref.WeakKeyDictionary()
@@ -164,10 +185,10 @@ def refresh(model: nn.Module) -> None:
     with torch.no_grad():
         for module in model.modules():
             _cache.pop(module, None)
-            for parameter in module.parameters(recurse=False):
-                if not parameter.is_inference():
-                    # Moves the version counter and nothing else: whatever was packed from it is stale.
-                    torch.autograd.graph.increment_version(parameter)
+            for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if not t.is_inference():
+                    # Moves the version counter and nothing else: whatever was made from it is stale.
+                    torch.autograd.graph.increment_version(t)
 
 
 def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
@@ -192,14 +213,17 @@ def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
     except RuntimeError:
         # An inference tensor keeps no version: an edit would go unseen, so nothing is kept.
         return _fold_any(weight, *sources)
-    if entry is None or entry.state != state:
+    if entry is None or not entry.holds(state):
+        if capturing(weight.device):
+            return _fold_any(weight, *sources)
+        storages = [s.untyped_storage() for s in sources if isinstance(s, Tensor)]
         # Outside of inference mode, so that the cached vectors can serve autograd later.
         with torch.inference_mode(False), torch.no_grad():
-            result = _fold_any(weight, *sources)
+            scale, shift = _fold_any(weight, *sources)
         entries = _cache.setdefault(conv, {})
         if len(entries) >= _MAX_NORMS:
             entries.clear()
-        entries[id(bn)] = entry = _Entry(state, sources, result)
+        entries[id(bn)] = entry = _Entry(state, storages, (keep(scale), keep(shift)))
     if not torch.is_grad_enabled() or not any(
         isinstance(s, Tensor) and s.requires_grad for s in sources
     ):
