@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fused_resnet import fold
-from fused_resnet import ops as _ops  # noqa: F401  registers torch.ops.fused_resnet
+from fused_resnet import ops as _ops
 
 Size2 = int | tuple[int, int]
 
@@ -203,6 +203,7 @@ def add_relu(a: Tensor, b: Tensor, *, inplace: bool = False) -> Tensor:
     if not inplace:
         return cast(Tensor, _add_relu_op(a, b))
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        _ops.check_add(a, b)
         # relu_'s backward reads its output and add_'s reads nothing: stock in-place ops are exact here.
         return a.add_(b).relu_()
     _add_relu_inplace_op(a, b)

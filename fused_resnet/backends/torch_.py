@@ -23,9 +23,7 @@ def _unit_statistics(k: int, dtype: torch.dtype, device: torch.device) -> tuple[
     return _cached_unit_statistics(k, dtype, device)
 
 
-def _new_unit_statistics(
-    k: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _new_unit_statistics(k: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     # Made outside any surrounding inference mode, so that autograd may save them later.
     with torch.inference_mode(False):
         zeros = torch.zeros(k, dtype=dtype, device=device)
