@@ -1,4 +1,4 @@
-"""Weights by name and by path: torchvision's own loading code, files of tensors, and nothing else."""
+"""Weights by name and by path: torchvision's loading code, files of tensors, nothing else."""
 
 import os
 import pickle
@@ -81,7 +81,7 @@ def test_damaged_files(tmp_path: Path, model) -> None:
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_file(empty)
     torch.save([1, 2, 3], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="holds no state_dict.*found list"):
+    with pytest.raises(ValueError, match=r"holds no state_dict.*found list"):
         load_file(tmp_path / "list.pth")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*absent\.pth"):
         fused_resnet.resnet18(weights=tmp_path / "absent.pth")

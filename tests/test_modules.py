@@ -1,4 +1,4 @@
-"""The drop-in modules: the same result as their stock parts, in every mode, and nothing left behind."""
+"""The drop-in modules: the same result as their stock parts, in every mode."""
 
 import copy
 import io
@@ -167,7 +167,7 @@ def test_textbook_block() -> None:
 
 
 def test_state_dict_copies_and_pickles() -> None:
-    """Derived caches are in no state_dict, copy or pickle, and a copy does not follow its original."""
+    """Caches are in no state_dict, copy or pickle, and a copy does not follow its original."""
     module = randomise(Bottleneck(16, 8, 2, projection(16, 32, 2))).eval()
     keys = list(module.state_dict())
     attributes = {m: set(vars(m)) for m in module.modules()}

@@ -1,4 +1,4 @@
-"""Every builder against torchvision: names, initialisation, results in eval, training step by step."""
+"""Every builder against torchvision: names, initialisation, results in eval, and training."""
 
 import copy
 
@@ -149,7 +149,7 @@ def test_shortcuts_obey_the_rule(shortcut: str | None) -> None:
 
 
 def test_v1_differs_from_v15() -> None:
-    """The stride's place changes the result and no parameter: loading cannot tell, so the option must."""
+    """The stride's place changes the result and no parameter: loading cannot tell them apart."""
     torch.manual_seed(0)
     v15 = fused_resnet.resnet50(num_classes=4).eval()
     v1 = fused_resnet.resnet50(num_classes=4, stride_in_1x1=True).eval()
