@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
@@ -145,6 +146,30 @@ void affine_act_(const at::Tensor& y, const at::Tensor& scale, const at::Tensor&
   y.unsafeGetTensorImpl()->bump_version();  // autograd must see the edit
 }
 
+// What changes when the content of a tensor does: its address, version, dtype and device, as the
+// bytes of one key for all of `tensors` (a tuple of tensors and None). None if one of them keeps no
+// version.
+py::object state_of(const py::tuple& tensors) {
+  std::vector<int64_t> state;
+  state.reserve(3 * tensors.size());
+  for (const py::handle& item : tensors) {
+    if (item.is_none()) {
+      state.push_back(-1);
+      continue;
+    }
+    TORCH_CHECK_TYPE(THPVariable_Check(item.ptr()), "state_of: expected tensors and None");
+    const at::Tensor& tensor = THPVariable_Unpack(item.ptr());
+    if (tensor.is_inference()) return py::none();
+    const c10::Device device = tensor.device();
+    state.push_back(reinterpret_cast<int64_t>(tensor.has_storage() ? tensor.const_data_ptr()
+                                                                   : tensor.unsafeGetTensorImpl()));
+    state.push_back(tensor._version());
+    state.push_back((static_cast<int64_t>(tensor.scalar_type()) << 32) |
+                    (static_cast<int64_t>(device.type()) << 16) | (device.index() & 0xffff));
+  }
+  return py::bytes(reinterpret_cast<const char*>(state.data()), state.size() * sizeof(int64_t));
+}
+
 std::vector<std::string> isa_available() {
   std::vector<std::string> names;
   for (cpu::Isa isa : cpu::available_isas()) names.emplace_back(cpu::isa_name(isa));
@@ -195,6 +220,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("affine_act_", torch::wrap_pybind_function_no_gil(affine_act_), py::arg("y"),
         py::arg("scale"), py::arg("shift"), py::arg("residual"), py::arg("epilogue"),
         "epilogue(y * scale + shift, residual) of a channels_last CPU tensor, in place.");
+  m.def("state_of", &state_of, py::arg("tensors"),
+        "A key that changes when one of the tensors does; None if one keeps no version.");
   m.def(
       "isa", [] { return cpu::isa_name(cpu::current_isa()); },
       "The instruction-set level in use: generic, avx2 or avx512.");

@@ -58,3 +58,9 @@ def build_info() -> dict[str, object]:
     Keys: ``compiler``, ``cplusplus`` (the standard, as ``__cplusplus``), ``openmp``, ``torch`` (the
     version built against), ``cuda`` (None, or a dict of ``version`` and ``archs``).
     """
+
+def state_of(tensors: tuple[Tensor | None, ...]) -> bytes | None:
+    """Address, version, dtype and device of all ``tensors`` as one key.
+
+    None if one of them was made in inference mode, where tensors keep no version.
+    """
