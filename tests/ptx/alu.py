@@ -140,7 +140,7 @@ def _fma(context: Context, i: Instruction) -> Decoded:
     return _float_op(context, i, i.types[-1])
 
 
-_UNARY = {
+_UNARY: dict[str, Callable[[Array], Array]] = {
     "rcp": lambda x: 1 / x,
     "sqrt": np.sqrt,
     "rsqrt": lambda x: 1 / np.sqrt(x),
@@ -179,10 +179,8 @@ def _min_max(context: Context, i: Instruction) -> Decoded:
 
         return _elementwise(context, i, integers, kind)
     f = Float(i, kind)
-    if i.has("NaN"):
-        pick = np.minimum if i.op == "min" else np.maximum
-    else:
-        pick = np.fmin if i.op == "min" else np.fmax
+    propagating, ignoring = (np.minimum, np.fmin) if i.op == "min" else (np.maximum, np.fmax)
+    choose = propagating if i.has("NaN") else ignoring
 
     def function(*raw: Array) -> Array:
         x = [f.widen(np.asarray(r)) for r in raw]
@@ -191,7 +189,7 @@ def _min_max(context: Context, i: Instruction) -> Decoded:
             # -0 is less than +0 here, which numpy does not promise.
             either, both = np.signbit(y) | np.signbit(other), np.signbit(y) & np.signbit(other)
             zero = np.where(either if i.op == "min" else both, -0.0, 0.0).astype(y.dtype)
-            y = np.where((y == 0) & (other == 0), zero, pick(y, other))
+            y = np.where((y == 0) & (other == 0), zero, choose(y, other))
         return f.round(np.asarray(y))
 
     return _elementwise(context, i, function, kind)
@@ -300,9 +298,7 @@ def _mul(context: Context, i: Instruction) -> Decoded:
             return product + c[0] if c else product
 
         return _elementwise(context, i, function, kind)
-    return _elementwise(
-        context, i, lambda a, b, *c: a * b + c[0] if c else np.multiply(a, b), kind
-    )
+    return _elementwise(context, i, lambda a, b, *c: a * b + c[0] if c else np.multiply(a, b), kind)
 
 
 def _high(a: Array, b: Array) -> Array:
@@ -420,7 +416,7 @@ def _prmt(context: Context, i: Instruction) -> Decoded:
     def function(a: Array, b: Array, selector: Array) -> Array:
         both = np.asarray(b, np.uint64) << np.uint64(32) | a
         selector = np.asarray(selector, np.uint64)
-        out = np.uint64(0)
+        out: Array = np.uint64(0)
         for position in range(4):
             nibble = selector >> np.uint64(4 * position)
             byte = both >> (nibble & np.uint64(7)) * np.uint64(8) & np.uint64(255)
@@ -559,22 +555,20 @@ def _set(context: Context, i: Instruction) -> Decoded:
 @decodes("selp")
 def _selp(context: Context, i: Instruction) -> Decoded:
     kind = i.types[-1]
-    return _elementwise(
-        context, i, lambda a, b, p: np.where(p, a, b), (kind, kind, kind, "pred")
-    )
+    return _elementwise(context, i, lambda a, b, p: np.where(p, a, b), (kind, kind, kind, "pred"))
 
 
 @decodes("testp")
 def _testp(context: Context, i: Instruction) -> Decoded:
-    function = {
+    functions: dict[str, Callable[[Array], Array]] = {
         "finite": np.isfinite,
         "infinite": np.isinf,
         "number": lambda x: ~np.isnan(x),
         "notanumber": np.isnan,
-    }.get(i.parts[1])
-    if function is None:
+    }
+    if i.parts[1] not in functions:
         raise unsupported(i)
-    return _elementwise(context, i, function, ("pred", i.types[-1]))
+    return _elementwise(context, i, functions[i.parts[1]], ("pred", i.types[-1]))
 
 
 # --- conversion ----------------------------------------------------------------------------------

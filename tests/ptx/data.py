@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from .alu import decodes
@@ -10,12 +13,10 @@ from .memory import AccessError
 from .operands import (
     DTYPES,
     WINDOWS,
-    Array,
     Context,
     count,
     items,
     numbers,
-    register_dtype,
     unsupported,
 )
 from .parse import SIZES, Imm, Instruction, PtxError, Reg, Vector
@@ -174,9 +175,7 @@ def _cp(context: Context, i: Instruction) -> Decoded:
         allowed = i.operands[0]
         if not isinstance(allowed, Imm):
             raise unsupported(i)
-        return Decoded(
-            i, step=lambda w, lanes: w.copies.wait(numbers(w, lanes), allowed.value, w)
-        )
+        return Decoded(i, step=lambda w, lanes: w.copies.wait(numbers(w, lanes), allowed.value, w))
     return _cp_async(context, i)
 
 
@@ -221,7 +220,7 @@ def _cp_async(context: Context, i: Instruction) -> Decoded:
     return Decoded(i, step=step)
 
 
-_ATOMIC = {
+_ATOMIC: dict[str, Callable[[Any, Any], Any]] = {
     "add": lambda old, x: old + x,
     "min": min,
     "max": max,

@@ -7,9 +7,11 @@ rounded sums: proved algorithms using rounding to odd", IEEE Trans. Computers 57
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-Array = np.ndarray
+Array = Any
 
 
 def fma_odd(a: Array, b: Array, c: Array) -> Array:
@@ -96,7 +98,7 @@ def f16_to_f32(bits: Array) -> Array:
 
 
 def tf32_of(x: Array, mode: str) -> Array:
-    """float32 to TF32 (10 bits of mantissa), ties away from zero (rna), to even (rn) or cut (rz)."""
+    """float32 to TF32 (10 bits of mantissa): to nearest (rna: ties away, rn: even) or cut (rz)."""
     bits = np.asarray(x, np.float32).view(np.uint32)
     if mode == "rna":
         rounded = bits + np.uint32(0x1000)

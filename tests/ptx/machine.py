@@ -25,7 +25,7 @@ from .memory import (
 )
 from .parse import Entry, Instruction, PtxError
 
-Array = np.ndarray
+Array = Any
 #: Lanes an instruction acts on: all of them, or those of these numbers (ascending).
 Lanes = Any
 Step = Callable[["Wave", Lanes], None]
@@ -66,7 +66,7 @@ class Wave:
         self.lane_ids = np.arange(self.lanes)
         self.registers = [
             # Nothing has been written yet: NaN in every float format, False in a predicate.
-            np.zeros(self.lanes, bool) if t == bool else np.full(self.lanes, ~t.type(0), t)
+            np.zeros(self.lanes, bool) if t.kind == "b" else np.full(self.lanes, ~t.type(0), t)
             for t in register_types
         ]
         self.shared = PerUnit("shared", len(blocks), shared_bytes, 0xFF)
@@ -90,7 +90,7 @@ class Wave:
         elif name == "local":
             unit, space = self.lane_ids[lanes], self.local
         elif name == "param":
-            unit, space = np.int64(0), self.params
+            unit, space = np.zeros(1, np.int64), self.params
         else:
             return self.memory.bytes, self.memory.locate(addresses, size)
         return space.bytes, space.locate(addresses, size, unit)
@@ -382,12 +382,12 @@ class Scheduler:
         return True
 
     def _stuck(self) -> None:
-        lane = int(np.flatnonzero(self.blocked)[0])
-        source = self.code[self.pc[lane]].source
-        what = "barrier" if self.barrier[lane] >= 0 else "warp-wide instruction"
-        raise self._error(
-            source, f"deadlock: a {what} that not all of its lanes reach", lane
-        ) from None
+        # A barrier may only be waiting for the lanes of a warp-wide instruction: name that first.
+        in_warp = np.flatnonzero(self.blocked & (self.barrier < 0))
+        what = "warp-wide instruction" if in_warp.size else "barrier"
+        lane = int(in_warp[0] if in_warp.size else np.flatnonzero(self.blocked)[0])
+        message = f"deadlock: a {what} that not all of its lanes reach"
+        raise self._error(self.code[self.pc[lane]].source, message, lane)
 
     def _lane(self, lanes: Lanes, position: int) -> int:
         return position if lanes is _ALL else int(lanes[position])

@@ -7,11 +7,14 @@ is an error, never a silent neighbour.
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 
 from .parse import PtxError, Variable
 
-Array = np.ndarray
+Array = Any
 
 #: Shared and local addresses start here, so that address 0 is always wrong.
 BASE = 1024
@@ -133,20 +136,20 @@ def _next(offset: int) -> int:
 
 def _no_overlap(arrays: list[Array]) -> None:
     spans = sorted({(a.__array_interface__["data"][0], a.nbytes) for a in arrays if a.nbytes})
-    for (start, size), (following, _) in zip(spans, spans[1:], strict=False):
+    for (start, size), (following, _) in itertools.pairwise(spans):
         if start + size > following:
             raise PtxError("two buffers overlap; pass one array and Pointer(array, offset)")
 
 
 def _refuse(bad: Array, offsets: Array, size: int, name: str, addresses: Array) -> None:
-    if bad.any():
-        lane = int(bad.argmax())
-        raise AccessError(
-            f"{size} bytes at {name} address {int(addresses[lane]):#x} are out of bounds", lane
-        )
     misaligned = offsets % size != 0
     if misaligned.any():
         lane = int(misaligned.argmax())
         raise AccessError(
             f"{name} address {int(addresses[lane]):#x} is not a multiple of {size}", lane
+        )
+    if bad.any():
+        lane = int(bad.argmax())
+        raise AccessError(
+            f"{size} bytes at {name} address {int(addresses[lane]):#x} are out of bounds", lane
         )

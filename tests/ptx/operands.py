@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from .parse import (
     Vector,
 )
 
-Array = np.ndarray
+Array = Any
 Read = Callable[[Wave, Lanes], Array]
 Write = Callable[[Wave, Lanes, Array], None]
 
@@ -89,7 +90,7 @@ class Context:
     def _read_register(self, operand: Reg, dtype: np.dtype) -> Read:
         index = operand.index
         stored = register_dtype(self.entry.registers[index])
-        if stored == bool:
+        if stored.kind == "b":
             if operand.negated:
                 return lambda wave, lanes: ~wave.registers[index][lanes]
             return lambda wave, lanes: wave.registers[index][lanes]
@@ -106,7 +107,7 @@ class Context:
             raise PtxError(f"cannot write to {operand}")
         index, dtype = operand.index, DTYPES[kind]
         stored = register_dtype(self.entry.registers[index])
-        if stored == bool:
+        if stored.kind == "b":
 
             def store_predicate(wave: Wave, lanes: Lanes, values: Array) -> None:
                 wave.registers[index][lanes] = values
@@ -125,8 +126,8 @@ class Context:
             if signed and stored.itemsize > dtype.itemsize:
                 wave.registers[index][lanes] = values.astype(wide).view(stored)
             else:
-                wave.registers[index][lanes] = np.ascontiguousarray(values).view(bits).reshape(
-                    values.shape
+                wave.registers[index][lanes] = (
+                    np.ascontiguousarray(values).view(bits).reshape(values.shape)
                 )
 
         return store
@@ -169,7 +170,7 @@ WINDOWS = {
 
 def immediate(operand: Imm, dtype: np.dtype) -> Array:
     """A literal as a numpy scalar of a type."""
-    if dtype == bool:
+    if dtype.kind == "b":
         return np.bool_(operand.value)
     if operand.float_bits:
         stored = np.uint32(operand.value) if operand.float_bits == 32 else np.uint64(operand.value)

@@ -139,6 +139,8 @@ _VARIABLE = re.compile(
     re.DOTALL,
 )
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{]*)\{")
+_LABEL = re.compile(r"([\w$]+):(?!:)")
+_LINE_DIRECTIVE = re.compile(r"\.(loc|file)\b")
 _STATEMENT = re.compile(r"(?:@(!?)([\w$%]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.DOTALL)
 _INT = re.compile(r"[-+]?(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?$")
 
@@ -160,8 +162,8 @@ def parse_module(text: str) -> tuple[dict[str, Entry], list[Variable]]:
         entries[match.group(1)] = _Body(text, match, end).entry
     if not entries:
         raise PtxError("no .entry in this PTX")
-    for match in re.finditer(r"\.func\b[^;{]*\{", text):
-        spans.append((match.start(), _closing(text, match.end() - 1)))
+    functions = re.finditer(r"\.func\b[^;{]*\{", text)
+    spans += [(match.start(), _closing(text, match.end() - 1)) for match in functions]
     outside = text
     for start, end in sorted(spans, reverse=True):
         outside = outside[:start] + outside[end + 1 :]
@@ -267,9 +269,9 @@ class _Body:
             elif letter == "}":
                 self.scopes.pop()
                 position += 1
-            elif text.startswith((".loc", ".file"), position):
+            elif _LINE_DIRECTIVE.match(text, position):
                 position = text.find("\n", position)
-            elif label := re.compile(r"([\w$]+):(?!:)").match(text, position):
+            elif label := _LABEL.match(text, position):
                 self.entry.labels[label.group(1)] = len(self.entry.code)
                 position = label.end()
             else:

@@ -17,7 +17,7 @@ from .memory import BASE, GlobalMemory, layout
 from .operands import Context, register_dtype, unsupported
 from .parse import Entry, Imm, Instruction, PtxError, Symbol, Variable, parse_module
 
-Array = np.ndarray
+Array = Any
 #: Lanes that run at once where blocks allow; more only costs memory.
 _LANES = 4096
 
@@ -159,9 +159,7 @@ class Kernel:
                 continue
             raw = _bytes_of_argument(args[number], size, addresses)
             if len(raw) != size:
-                raise PtxError(
-                    f"argument {number} of {self.name} has {len(raw)} bytes, not {size}"
-                )
+                raise PtxError(f"argument {number} of {self.name} has {len(raw)} bytes, not {size}")
             out[at : at + size] = np.frombuffer(raw, np.uint8)
         return out
 

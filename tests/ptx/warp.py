@@ -16,9 +16,9 @@ import numpy as np
 
 from .alu import decodes
 from .formats import bf16_to_f32, f16_of, f16_to_f32
-from .machine import WARP, Decoded, Lanes, Wave, WarpStep
+from .machine import WARP, Decoded, Lanes, WarpStep, Wave
 from .operands import Array, Context, items, unsupported
-from .parse import Imm, Instruction, Operand, Pair, PtxError
+from .parse import Instruction, Operand, Pair, PtxError
 
 _LANE = np.arange(WARP)
 _GROUP, _T = _LANE >> 2, _LANE & 3
