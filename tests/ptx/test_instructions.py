@@ -18,8 +18,27 @@ RANDOM64 = RNG.integers(0, 1 << 64, (200, 2), np.uint64)
 RANDOM64[:4] = [(0, 0), (1 << 63, 1 << 63), ((1 << 64) - 1, (1 << 64) - 1), (1 << 63, 1)]
 
 FLOATS = np.array(
-    [0.0, -0.0, 1.0, -1.0, 1.5, -2.5, 3.1415927, 1e-30, -1e30, 65504.0, 65520.0, 1e-40, 6e-8]
-    + [float("inf"), float("-inf"), float("nan"), 2.0**-24, 2.0**-25, 1.0 + 2.0**-23],
+    [
+        "0",
+        "-0",
+        "1",
+        "-1",
+        "1.5",
+        "-2.5",
+        "3.1415927",
+        "1e-30",
+        "-1e30",
+        "65504",
+        "65520",
+        "1e-40",
+        "6e-8",
+        "5.9604645e-8",
+        "2.9802322e-8",
+        "1.0000001",
+        "inf",
+        "-inf",
+        "nan",
+    ],
     np.float32,
 )
 
@@ -284,7 +303,10 @@ def test_fma_where_rounding_twice_is_wrong() -> None:
     b = np.array([1 + 2.0**-12, 1 + 2.0**-12], np.float32)
     c = np.array([2.0**-75, 2.0**-75], np.float32)
     got = evaluate("fma.rn.f32 %d, %a, %b, %c;", "f32", ("f32", a), ("f32", b), ("f32", c))
-    exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(2) ** -75 for x, y in zip(a, b)]
+    exact = [
+        Fraction(float(x)) * Fraction(float(y)) + Fraction(2) ** -75
+        for x, y in zip(a, b, strict=True)
+    ]
     np.testing.assert_array_equal(got, np.array([to_f32(e) for e in exact], np.float32))
     twice = (a.astype(np.float64) * b + c).astype(np.float32)
     assert (got != twice).any()
@@ -381,7 +403,9 @@ def test_division_of_f32() -> None:
     a, b = x[:, 0].copy(), np.where(x[:, 1] == 0, 1, x[:, 1]).astype(np.float32)
     for name in ("div.rn.f32", "div.full.f32"):
         got = evaluate(f"{name} %d, %a, %b;", "f32", ("f32", a), ("f32", b))
-        expected = [to_f32(Fraction(u) / Fraction(v)) for u, v in zip(a.tolist(), b.tolist())]
+        expected = [
+            to_f32(Fraction(u) / Fraction(v)) for u, v in zip(a.tolist(), b.tolist(), strict=True)
+        ]
         np.testing.assert_array_equal(got, np.array(expected, np.float32))
 
 
