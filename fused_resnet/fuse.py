@@ -794,7 +794,7 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Set the training flag of every module for the block, without what ``train()`` may do besides."""
+    """Set the training flag of every module for the block, and nothing else."""
     before = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in before:

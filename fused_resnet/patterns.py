@@ -410,6 +410,7 @@ def _names(found: Any) -> str:
 # --------------------------------------------------------------------------------------------------
 
 _FRESH_MODULES = (_ConvNd, _NormBase, nn.GroupNorm, nn.Linear, nn.MaxPool2d, nn.AvgPool2d)
+_FRESH_METHODS = ("add", "clone", "div", "mean", "mul", "relu", "sigmoid", "sub", "sum", "tanh")
 _FRESH_FUNCTIONS = frozenset(
     {
         operator.add,
@@ -475,7 +476,7 @@ class _Memory:
             inplace = getattr(module, "inplace", False)
             return isinstance(module, (*_FRESH_MODULES, nn.ReLU)) and not inplace
         if node.op == "call_method":
-            return node.target in ("add", "relu", "mul", "sub", "clone")
+            return node.target in _FRESH_METHODS
         if node.target is F.relu:
             return not (node.kwargs.get("inplace", False) or any(a is True for a in node.args))
         return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
