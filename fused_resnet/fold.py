@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fused_resnet.backends.kernel import capturing, keep
 
@@ -191,6 +192,18 @@ def refresh(model: nn.Module) -> None:
                     torch.autograd.graph.increment_version(t)
 
 
+def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Move the version counters of what an optimizer has changed: fused ones don't do it."""
+    if not torch.compiler.is_compiling():
+        for group in optimizer.param_groups:
+            torch.autograd.graph.increment_version(
+                [p for p in group["params"] if not p.is_inference()]
+            )
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
     """(scale, shift) that stand for the bias of ``conv`` and for ``bn`` in eval mode, cached.
 
@@ -209,7 +222,10 @@ def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
     sources = _sources(conv, bn)
     weight = conv.weight
     try:
-        state = (weight.dtype, weight.device, *map(_state, sources))
+        # batch_norm writes running statistics without moving their version counters, but the module
+        # counts its batches.
+        counter = getattr(bn, "num_batches_tracked", None)
+        state = (weight.dtype, weight.device, _state(counter), *map(_state, sources))
     except RuntimeError:
         # An inference tensor keeps no version: an edit would go unseen, so nothing is kept.
         return _fold_any(weight, *sources)

@@ -150,7 +150,7 @@ def assert_within_rule(
     assert actual.dtype == dtype
     assert actual.shape == reference.shape
     found, allowed = error(actual, reference), error(stock, reference)
-    assert found.within(allowed, dtype), f"{found} where stock has {allowed}"
+    assert found.within(allowed, dtype), f"{found!r} where stock has {allowed!r}"
 
 
 def conv_kernels(op: str = "conv_affine_act") -> list[backends.Kernel]:

@@ -103,7 +103,7 @@ def test_stem(dtype: torch.dtype, n: int) -> None:
     check(p, args, call(p, args))
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=short)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_stem_of_negative_activations(dtype: torch.dtype) -> None:
     # ReLU before pooling, and padding of the pooling that must never win over a real zero.
     p = conv_problem(1, 3, 9, 9, 4, 3, None, (1, 1), (1, 1), dtype=dtype, pool=POOL)
@@ -176,7 +176,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=short)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 @pytest.mark.parametrize("x_layout", LAYOUTS)
 @pytest.mark.parametrize("residual_layout", LAYOUTS)
 def test_layouts(x_layout: str, residual_layout: str, dtype: torch.dtype) -> None:
@@ -412,7 +412,7 @@ def test_gradcheck_of_add_relu() -> None:
     assert torch.autograd.gradgradcheck(OPS.add_relu, (a, b))
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=short)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_gradients_of_lower_precision(epilogue: str, dtype: torch.dtype) -> None:
     p = conv_problem(c=16, k=16, epilogue=epilogue, dtype=dtype)
@@ -538,7 +538,7 @@ def test_inference_tensors() -> None:
 # -------------------------------------------------------------------------------------- autocast
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=short)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_autocast(epilogue: str, dtype: torch.dtype) -> None:
     p = conv_problem(epilogue=epilogue)
@@ -571,7 +571,7 @@ def test_autocast_gradients_have_the_parameters_dtype() -> None:
     assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in args)
 
 
-@pytest.mark.parametrize("b_dtype", (torch.float32, torch.bfloat16), ids=short)
+@pytest.mark.parametrize("b_dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_autocast_add_relu_is_as_wide_as_stock(b_dtype: torch.dtype) -> None:
     a, b = torch.randn(3, 5), torch.randn(3, 5).to(b_dtype)
     with torch.autocast("cpu", torch.bfloat16):
@@ -925,5 +925,5 @@ def test_bad_add_relu(case: str, inplace: bool, grad: bool) -> None:
 
 @pytest.mark.usefixtures("no_kernel_runs")
 def test_add_relu_of_integers() -> None:
-    with pytest.raises(TypeError, match="a must be float32.*int64"):
+    with pytest.raises(TypeError, match=r"a must be float32.*int64"):
         functional.add_relu(torch.ones(3).long(), torch.ones(3).long())
