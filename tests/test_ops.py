@@ -697,8 +697,8 @@ class Chain(nn.Module):
 def test_reused_buffers_of_compiled_code_are_not_taken_for_known_weights(
     shared: bool, autocast: bool
 ) -> None:
-    # Inductor writes one layer's weights, scale and shift over another's, in the same tensor objects
-    # and without moving a version counter.
+    # Inductor writes one layer's weights, scale and shift over another's, in the same tensors and
+    # without moving a version counter.
     torch._dynamo.reset()
     model, x = Chain(shared), torch.randn(2, 16, 12, 12)
     exact = Chain(shared).double()
