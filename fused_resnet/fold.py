@@ -1,33 +1,32 @@
-"""From convolution bias and batch norm to two fp32 vectors, and a cache of them that is never stale.
+"""From convolution bias and batch norm to two fp32 vectors, and a cache that is never stale.
 
 In eval mode a batch norm is an affine map of each channel:
 
     scale = gamma / sqrt(running_var + eps)
     shift = beta + (conv_bias - running_mean) * scale
 
-Both are computed in float64 and rounded once, to fp32 (they stay float64 for float64 models). The cache
-lives outside of the modules: it is in no state_dict, no pickle and no copy. An entry holds as long as the
-tensors it came from lie at the same address, in storages that are still alive, in the same version.
+Both are computed in float64 and rounded once, to fp32 (they stay float64 for float64 models). The
+cache lives outside of the modules: it is in no state_dict, no pickle and no copy. An entry holds
+as long as the tensors it came from are the same objects, at the same address, in the same version.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fused_resnet.backends.kernel import capturing, keep
+from fused_resnet.freshness import Sources, capturing, keep, state_of, storages
 
 _FROZEN = "FrozenBatchNorm2d"
 
 
 def is_plain_conv(module: object) -> bool:
-    """Whether ``module`` computes exactly what ``nn.Conv2d`` computes, from parameters of its own."""
+    """Whether ``module`` computes what ``nn.Conv2d`` computes, from parameters of its own."""
     return (
         isinstance(module, nn.Conv2d)
         and type(module).forward is nn.Conv2d.forward
@@ -115,14 +114,14 @@ def fold(
 
 
 class _CachedFold(torch.autograd.Function):
-    """`fold` for autograd, with its result given: the values stay the cached ones, at their address.
+    """`fold` for autograd with its result given: the cached values, at their address.
 
     Kernels recognise packed weights by the address of scale and shift, so a model that runs with
     gradients enabled must hand them the same memory at every call.
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         bias: Tensor | None,
         gamma: Tensor | None,
@@ -138,7 +137,7 @@ class _CachedFold(torch.autograd.Function):
         return cached[0].detach(), cached[1].detach()
 
     @staticmethod
-    def backward(ctx: Any, d_scale: Tensor, d_shift: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, d_scale: Tensor, d_shift: Tensor) -> tuple[Tensor | None, ...]:
         bias, gamma, mean, var = ctx.saved_tensors
         d_scale, d_shift = d_scale.double(), d_shift.double()
         rstd = (var.double() + ctx.eps).rsqrt()
@@ -155,18 +154,15 @@ class _CachedFold(torch.autograd.Function):
 class _Entry:
     """A cached (scale, shift) with the state of the tensors it came from."""
 
-    __slots__ = ("result", "state", "storages")
+    __slots__ = ("memory", "result", "state")
 
-    def __init__(
-        self, state: Any, storages: Iterable[UntypedStorage], result: tuple[Tensor, Tensor]
-    ) -> None:
+    def __init__(self, state: Any, sources: Sources, result: tuple[Tensor, Tensor]) -> None:
         self.state = state
-        self.storages = [weakref.ref(s) for s in storages]
+        self.memory = storages(sources)
         self.result = result
 
     def holds(self, state: Any) -> bool:
-        # A storage that is gone may have left its address to another tensor's.
-        return bool(self.state == state) and all(ref() is not None for ref in self.storages)
+        return bool(self.state == state) and all(ref() is not None for ref in self.memory)
 
 
 _cache: weakref.WeakKeyDictionary[nn.Module, dict[int, _Entry]] = weakref.WeakKeyDictionary()
@@ -175,9 +171,9 @@ _cache: weakref.WeakKeyDictionary[nn.Module, dict[int, _Entry]] = weakref.WeakKe
 def refresh(model: nn.Module) -> None:
     """Forget everything derived from the parameters of ``model``; the next call derives it anew.
 
-    Needed only after edits that torch keeps no record of: in-place writes through ``tensor.data``, or
-    through memory shared with another library. Edits under ``torch.no_grad()``, optimizer steps,
-    ``load_state_dict`` and conversions are noticed without it.
+    Needed only after edits that torch keeps no record of: in-place writes through ``tensor.data``,
+    or through memory shared with another library. Edits under ``torch.no_grad()``, optimizer
+    steps, ``load_state_dict`` and conversions are noticed without it.
 
     Example:
         >>> model.conv1.weight.data.mul_(0.5)
@@ -188,7 +184,7 @@ def refresh(model: nn.Module) -> None:
             _cache.pop(module, None)
             for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if not t.is_inference():
-                    # Moves the version counter and nothing else: whatever was made from it is stale.
+                    # Moves the version counter and nothing else: what was made from it is stale.
                     torch.autograd.graph.increment_version(t)
 
 
@@ -212,39 +208,37 @@ def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
         bn: the batch norm behind it (see `why_not_foldable`), or None.
 
     Returns:
-        scale [K] and shift [K] on conv's device, fp32 (float64 if the weight is). They carry gradients
-        to the bias and to bn's weight and bias where grad mode is on and these require them.
+        scale [K] and shift [K] on conv's device, fp32 (float64 if the weight is). They carry
+        gradients to the bias and to bn's weight and bias where grad mode is on and these require
+        them.
     """
+    bias, gamma, beta, mean, var, eps = sources = _sources(conv, bn)
+    weight = conv.weight
     if torch.compiler.is_compiling():
-        return _fold_any(conv.weight, *_sources(conv, bn))
+        return _fold_any(weight, *sources)
+    # batch_norm writes running statistics without moving their version counters, but the module
+    # counts its batches.
+    counter = None if bn is None else bn._buffers.get("num_batches_tracked")
+    tensors = (bias, gamma, beta, mean, var, counter)
+    state = state_of(tensors)
+    if state is None:
+        # A tensor made in inference mode: an edit of it would go unseen, so nothing is kept.
+        return _fold_any(weight, *sources)
+    state = state, eps, weight.dtype, weight.device
     entries = _cache.get(conv)
     entry = None if entries is None else entries.get(id(bn))
-    sources = _sources(conv, bn)
-    weight = conv.weight
-    try:
-        # batch_norm writes running statistics without moving their version counters, but the module
-        # counts its batches.
-        counter = getattr(bn, "num_batches_tracked", None)
-        state = (weight.dtype, weight.device, _state(counter), *map(_state, sources))
-    except RuntimeError:
-        # An inference tensor keeps no version: an edit would go unseen, so nothing is kept.
-        return _fold_any(weight, *sources)
     if entry is None or not entry.holds(state):
         if capturing(weight.device):
             return _fold_any(weight, *sources)
-        storages = [s.untyped_storage() for s in sources if isinstance(s, Tensor)]
         # Outside of inference mode, so that the cached vectors can serve autograd later.
         with torch.inference_mode(False), torch.no_grad():
             scale, shift = _fold_any(weight, *sources)
         entries = _cache.setdefault(conv, {})
         if len(entries) >= _MAX_NORMS:
             entries.clear()
-        entries[id(bn)] = entry = _Entry(state, storages, (keep(scale), keep(shift)))
-    if not torch.is_grad_enabled() or not any(
-        isinstance(s, Tensor) and s.requires_grad for s in sources
-    ):
+        entries[id(bn)] = entry = _Entry(state, tensors, (keep(scale), keep(shift)))
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         return entry.result
-    bias, gamma, beta, mean, var, eps = sources
     if mean is None or var is None or mean.requires_grad or var.requires_grad:
         return _fold_any(weight, *sources)
     result = _CachedFold.apply(bias, gamma, beta, mean, var, eps, entry.result)
@@ -258,14 +252,18 @@ def _sources(conv: nn.Conv2d, bn: nn.Module | None) -> _Sources:
     """What the two vectors are computed from: bias, gamma, beta, mean, var, eps."""
     if bn is None:
         return conv.bias, None, None, None, None, 0.0
+    parameters, buffers = bn._parameters, bn._buffers
+    if "weight" in parameters and "running_mean" in buffers:
+        # nn.BatchNorm2d: attribute access through nn.Module would cost several times more.
+        return (
+            conv.bias,
+            parameters["weight"],
+            parameters["bias"],
+            buffers["running_mean"],
+            buffers["running_var"],
+            bn.eps,  # type: ignore[return-value]
+        )
     return conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps  # type: ignore[return-value]
-
-
-def _state(source: Tensor | float | None) -> Any:
-    """What changes when a source does: for a tensor its address, version and dtype."""
-    if isinstance(source, Tensor):
-        return source.data_ptr(), source._version, source.dtype
-    return source
 
 
 #: Batch norms that may share one convolution before its cache starts over.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet import backends, ops
+from fused_resnet import backends, freshness, ops
 from fused_resnet.backends import FusedResNetWarning, kernel, library, torch_
 from fused_resnet.backends.verify import verify
 from fused_resnet.problem import EPILOGUES, ConvProblem, MaxPool
@@ -427,8 +427,8 @@ def persistent_args(p: ConvProblem = P) -> Args:
     args = draw(p)
     return args._replace(
         weight=nn.Parameter(args.weight),
-        scale=kernel.keep(args.scale),
-        shift=kernel.keep(args.shift),
+        scale=freshness.keep(args.scale),
+        shift=freshness.keep(args.shift),
     )
 
 
@@ -463,7 +463,7 @@ PACKED_EDITS: dict[str, Callable[[Args], Args]] = {
     "data": replace_data,
     "other_weight": lambda a: a._replace(weight=nn.Parameter(torch.randn_like(a.weight))),
     "other_scale": lambda a: a._replace(scale=torch.randn_like(a.scale)),
-    "other_shift": lambda a: a._replace(shift=kernel.keep(torch.randn_like(a.shift))),
+    "other_shift": lambda a: a._replace(shift=freshness.keep(torch.randn_like(a.shift))),
 }
 
 
@@ -616,8 +616,8 @@ def cudnn_problem(**changes: Any) -> ConvProblem:
 
 @pytest.mark.parametrize("epilogue", ["relu", "add_relu"])
 def test_arguments_of_cudnn(epilogue: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Stand-ins with the signatures of the ATen functions, which need a GPU. Their argument names are
-    # read from torch, so that a signature that changes is noticed.
+    # Stand-ins with the signatures of the ATen functions, which need a GPU. Their argument names
+    # are compared with torch's, so that a signature that changes is noticed.
     def conv_relu(x, weight, bias, stride, padding, dilation, groups):
         return nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
 
@@ -643,7 +643,7 @@ def test_arguments_of_cudnn(epilogue: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_cudnn_supports(monkeypatch: pytest.MonkeyPatch) -> None:
     k, cuda = library.CudnnConv(), torch.device("cuda")
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_has_cudnn", True)
     monkeypatch.setattr(torch.version, "hip", None)
     for epilogue in EPILOGUES:
         p = cudnn_problem(epilogue=epilogue)
@@ -652,7 +652,7 @@ def test_what_cudnn_supports(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not on cpu" in k.supports(cudnn_problem(), CPU)
     with torch.backends.cudnn.flags(enabled=False):
         assert "switched off" in k.supports(cudnn_problem(), cuda)
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch._C, "_has_cudnn", False)
     assert "not available" in k.supports(cudnn_problem(), cuda)
 
 

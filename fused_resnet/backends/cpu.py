@@ -18,7 +18,7 @@ def affine_act_(
 ) -> Tensor:
     """The whole epilogue over a convolution's result, in place: one compiled pass, one rounding.
 
-    Where the compiled extension lacks it, ATen does it in up to four passes.
+    Without the compiled extension ATen does it in up to four passes.
 
     Args:
         y: [N, K, H, W], dense in channels_last order; overwritten.
@@ -27,7 +27,7 @@ def affine_act_(
         residual: of y's shape, dtype and layout where the epilogue reads one.
         epilogue: see ``fused_resnet.problem.EPILOGUES``.
     """
-    if not hasattr(_build.extension, "affine_act_"):
+    if _build.extension is None:
         return finish(affine(y, scale, shift), residual, epilogue)
     _build.extension.affine_act_(y, scale, shift, residual, epilogue)
     return y
