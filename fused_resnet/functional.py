@@ -213,8 +213,10 @@ def add_relu(a: Tensor, b: Tensor, *, inplace: bool = False) -> Tensor:
 
 
 def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class says: hooks, or a forward of its own."""
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
