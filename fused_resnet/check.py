@@ -3,7 +3,7 @@
 Three questions are answered, each by the rule of ``fused_resnet.numerics``:
 
 - Is every output at most twice as far from float64 as stock torch's is, in the same dtype?
-- Is every fused op right by itself, given the very input it meets in this model? This judges kernels.
+- Is every fused op right by itself, given the very input it meets in this model?
 - Does the fused model compute the reference's function at all? Both run in float64, where roundings
   cannot hide a wrong connection, a stride in the wrong place or another eps.
 
@@ -128,10 +128,9 @@ class CheckReport:
     @property
     def passed(self) -> bool:
         """Whether everything that was judged is right."""
-        judged = [*self.outputs, *self.layers]
-        if self.same_function is not None:
-            judged.append(self.same_function)
-        return bool(self.outputs) and all(item.passed for item in judged)
+        same = self.same_function is None or self.same_function.passed
+        judged: tuple[OutputCheck | LayerCheck, ...] = (*self.outputs, *self.layers)
+        return same and bool(self.outputs) and all(item.passed for item in judged)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, ready for JSON."""
@@ -174,7 +173,7 @@ class CheckReport:
         parts.extend(
             (
                 "",
-                "[dim]Errors are distances from float64 relative to its norm. A result passes if its "
+                "[dim]Errors are distances from float64, relative to its norm. A result passes if its "
                 "distance, by norm\nand by worst element, is at most twice stock torch's plus the "
                 "dtype's rounding unit.[/]",
             )
@@ -216,7 +215,7 @@ def check(
         reference: the stock model it stands for, in eval mode.
         inputs: a tensor, a tuple of arguments, or a list of either, of which each is one call.
         dtype: convert copies of both models, and the inputs, to this dtype first.
-        layers: also judge every fused op by itself, on the first call; takes two to three times longer.
+        layers: also judge every fused op by itself, on the first call; takes about three times as long.
         exact: `exact_outputs` of the same reference and inputs, if they are known already.
 
     Returns:
@@ -241,13 +240,14 @@ def check(
     with torch.inference_mode():
         if exact is None:
             exact = exact_outputs(reference, calls)
-        stock = run(reference, calls)
-        fused = run(model, calls)
+        stock = outputs_of(reference, calls)
+        fused = outputs_of(model, calls)
         checked = compare(fused, stock, exact)
         skipped = [name for name, t in exact.items() if not t.is_floating_point()]
         if skipped:
             notes.append(f"outputs of integers are not judged: {', '.join(skipped)}")
-        same, rows = None, ()
+        same: OutputCheck | None = None
+        rows: tuple[LayerCheck, ...] = ()
         if layers:
             known = exact if len(calls) == 1 else exact_outputs(reference, calls[:1])
             same, rows = _check_inside(model, reference, calls[0], known, notes)
@@ -267,10 +267,10 @@ def exact_outputs(reference: nn.Module, inputs: Inputs) -> Outputs:
     """What a float64 copy of ``reference`` returns for ``inputs``; see `check` for both."""
     copied = copy.deepcopy(reference).double()
     with torch.inference_mode():
-        return run(copied, [_cast(c, torch.float64) for c in _calls(inputs)])
+        return outputs_of(copied, [_cast(c, torch.float64) for c in _calls(inputs)])
 
 
-def run(model: Callable[..., Any], inputs: Inputs) -> Outputs:
+def outputs_of(model: Callable[..., Any], inputs: Inputs) -> Outputs:
     """The tensors that ``model`` returns, by name; those of several calls are joined into one.
 
     Args:
@@ -358,7 +358,7 @@ class _Recorder(TorchDispatchMode):
     """Sees every fused op of a run with its actual arguments; judges it at once if asked to."""
 
     def __init__(self, model: nn.Module, judge: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names = {p.data_ptr(): name for name, p in model.named_parameters()}
         self.judge = judge
         self.ops: list[_Op] = []
@@ -407,7 +407,7 @@ def _check_inside(
 ) -> tuple[OutputCheck | None, tuple[LayerCheck, ...]]:
     """Whether model and reference are one function, and a row for every fused op of ``model``."""
     with _Recorder(model, judge=True) as fused:
-        run(model, [args])
+        outputs_of(model, [args])
     rows = tuple(op.row for op in fused.ops if op.row is not None)
     if not rows:
         notes.append("no fused op ran in the model, so there are no layers to judge")
@@ -415,7 +415,7 @@ def _check_inside(
         exact_model = copy.deepcopy(model).double()
         wide = _cast(args, torch.float64)
         with _Recorder(exact_model, judge=False) as exact:
-            ours = run(exact_model, [wide])
+            ours = outputs_of(exact_model, [wide])
     except Exception as e:  # A model of any kind: it may refuse to be copied or to run in float64.
         notes.append(f"the fused model does not run in float64 ({type(e).__name__}: {e})")
         return None, rows
@@ -427,7 +427,7 @@ def _check_inside(
             + (f"; the first module to differ is {where}" if where else "")
         )
     with backends.backend("torch"), _Recorder(model, judge=False) as stock:
-        run(model, [args])
+        outputs_of(model, [args])
     if not len(rows) == len(exact.ops) == len(stock.ops):
         notes.append("the ops that run differ from run to run, so no accumulated errors are given")
         return same, rows
@@ -476,7 +476,7 @@ def _first_difference(model: nn.Module, reference: nn.Module, args: tuple[Any, .
             if path in paths
         ]
         try:
-            run(m, [args])
+            outputs_of(m, [args])
         finally:
             for handle in handles:
                 handle.remove()

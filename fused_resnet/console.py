@@ -1,4 +1,4 @@
-"""Printing: the consoles of the command line, tables as plain text, and the errors shown in one line."""
+"""Printing: the consoles of the command line, tables as plain text, errors shown in one line."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Real photos as batches: those of a folder, or those that scikit-image brings with it.
 
-Photos take torchvision's standard path of evaluation: shorter side to 256, centre 224 x 224, scaled to
-[0, 1] and normalised by ImageNet's mean and deviation.
+Photos take torchvision's standard path of evaluation: shorter side to 256, centre 224 x 224, scaled
+to [0, 1] and normalised by ImageNet's mean and deviation.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Photos:
     source: str
 
     def batch(self, n: int, first: int = 0) -> Tensor:
-        """n photos from number ``first`` on, dense NCHW; each round through all is mirrored once more.
+        """Photos from number ``first`` on, dense NCHW; every second round through them is mirrored.
 
         Args:
             n: photos in the batch; may exceed the number of files.
@@ -102,7 +102,7 @@ def find(folder: str | Path) -> list[Path]:
 
 
 def standard_transform(size: int = 224) -> Transform:
-    """torchvision's preprocessing for evaluation, from an image of PIL to [3, size, size].
+    """The preprocessing that torchvision's weights expect, from an image of PIL to [3, size, size].
 
     Args:
         size: of the centre crop; the shorter side becomes size * 256 / 224 first.
@@ -173,18 +173,26 @@ def read(
     Returns:
         Tensors and names of the good files, and (name, reason) of the others.
     """
-    from PIL import Image
-
     pixels: list[Tensor] = []
     names: list[str] = []
     skipped: list[tuple[str, str]] = []
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                pixels.append(transform(image.convert("RGB")))
-        # What PIL raises for a broken file depends on the format and on where it breaks.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            skipped.append((path.name, str(e).splitlines()[0] if str(e) else type(e).__name__))
+        decoded = _decode(path)
+        if isinstance(decoded, str):
+            skipped.append((path.name, decoded))
         else:
+            pixels.append(transform(decoded))
             names.append(path.name)
     return pixels, names, skipped
+
+
+def _decode(path: Path) -> Any:
+    """The file's image in RGB, or a sentence that says why it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    # What PIL raises for a broken file depends on the format and on where it breaks.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        return str(e).splitlines()[0] if str(e) else type(e).__name__

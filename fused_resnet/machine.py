@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -84,18 +86,22 @@ def cpu_features() -> tuple[str, ...]:
     if _build.extension is not None:
         known = _build.extension.cpu_features()
         return tuple(sorted(name for name, there in known.items() if there))
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return tuple(n for n in ("amx_bf16", "avx512_bf16") if capabilities.get(n, False))
+    return tuple(n for n in ("amx_bf16", "avx512_bf16") if _capabilities().get(n, False))
 
 
 def has_native_bf16(device: torch.device) -> bool:
     """Whether ``device`` computes in bfloat16 itself, rather than by way of float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if cpu_features():
-        return True
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("bf16", False) or capabilities.get("sve_bf16", False))
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # The names of the flags that x86-64 and Arm have for it.
+    flags = ("amx_bf16", "avx512_bf16", "arm_bf16", "sve_bf16", "bf16")
+    return bool(cpu_features()) or any(_capabilities().get(flag, False) for flag in flags)
+
+
+def _capabilities() -> dict[str, Any]:
+    """torch's view of the CPU; older versions have none."""
+    capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    return capabilities()
 
 
 def usable_cores() -> int:

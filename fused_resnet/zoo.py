@@ -1,11 +1,11 @@
-"""Models by name: stock networks of torchvision, timm, this package or the user, and their fused twins.
+"""Models by name: stock networks of torchvision, timm, this package or the user, and fused twins.
 
 A name is one of
 
 - a builder of torchvision (``resnet50``, ``fcn_resnet50``) or of this package (``plain18``,
   ``cifar_resnet20``),
 - ``timm:NAME``,
-- ``module:callable``, imported from the current folder or the environment and called without arguments.
+- ``module:callable``, imported from the current folder or the environment, called without arguments.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def load(
 
     Args:
         name: see the module.
-        weights: name of an entry of the model's own zoo (``DEFAULT``, ``IMAGENET1K_V2``), or path of a
-            checkpoint; None for random weights. torchvision and timm download the former.
+        weights: an entry of the model's own zoo (``DEFAULT``, ``IMAGENET1K_V2``), which torchvision
+            or timm download, or the path of a checkpoint; None for random weights.
         size: of the images; None for what the network is made for.
         seed: of random weights. The global generator is left as it was.
 
@@ -93,18 +93,19 @@ def load(
 
 
 def fused(name: str, stock: nn.Module) -> nn.Module:
-    """The fused twin of a stock network; it shares ``stock``'s parameters, dtype, device and layout.
+    """The fused twin of a stock network; it shares the parameters, so dtype, device and layout too.
 
     Args:
-        name: what ``stock`` was loaded by. The package's own builder is used where it has one, `fuse`
-            for everything else.
+        name: what ``stock`` was loaded by. The package's own builder is used where it has one,
+            `fuse` for everything else.
         stock: as `load` made it, perhaps converted since.
     """
     builder = _own_builder(name)
     if builder is None:
         from fused_resnet.fuse import fuse
 
-        return fuse(stock)
+        twin: nn.Module = fuse(stock)
+        return twin
     state = stock.state_dict(keep_vars=True)
     classes = state["fc.weight"].shape[0]
     with torch.device("meta"):
@@ -113,11 +114,33 @@ def fused(name: str, stock: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def settle(network: Network, batch: Tensor) -> None:
+    """Make a network ready for use: random weights are calibrated, and it is run once.
+
+    Args:
+        network: as `load` made it.
+        batch: photos [N, 3, size, size] prepared for it.
+
+    Raises:
+        UserError: it cannot run on such a batch.
+    """
+    try:
+        if network.random:
+            calibrate(network.model, batch)
+        with torch.no_grad():
+            network.model(batch[:1])
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as e:
+        reason = " ".join(str(e).split())
+        raise UserError(
+            f"{network.name} does not run on photos {list(batch.shape)}: {reason[:300]}"
+        ) from None
+
+
 def calibrate(model: nn.Module, batch: Tensor) -> None:
     """Set every batch norm's statistics to those that ``batch`` gives.
 
-    With random weights and the statistics of initialisation, activations grow without bound from block
-    to block; with these they are of the size that trained networks have.
+    With random weights and the statistics of initialisation, activations grow without bound from
+    block to block; with these they are of the size that trained networks have.
 
     Args:
         model: changed in place; its mode (train or eval) is kept.
@@ -226,9 +249,11 @@ def _load_timm(name: str, weights: str | None, size: int | None) -> Network:
         short = f"{short}.{weights}"
     with _explained(name, weights):
         model = timm.create_model(short, pretrained=pretrained)
-    config = timm.data.resolve_model_data_config(model)
+    from timm.data import create_transform, resolve_model_data_config
+
+    config = resolve_model_data_config(model)
     if size is None:
-        transform: Transform = timm.data.create_transform(**config, is_training=False)
+        transform: Transform = create_transform(**config, is_training=False)
         size = config["input_size"][-1]
     else:
         transform = standard_transform(size)
@@ -246,8 +271,8 @@ def _load_callable(name: str, weights: str | None, size: int | None) -> Network:
         factory = operator.attrgetter(attribute)(importlib.import_module(module_name))
     except ModuleNotFoundError as e:
         raise UserError(
-            f"cannot import {e.name} for {name}; module:callable is looked for in the current folder "
-            "and among the installed packages"
+            f"cannot import {e.name} for {name}; module:callable is looked for in the current "
+            "folder and among the installed packages"
         ) from None
     except AttributeError:
         raise UserError(f"{module_name} has no {attribute}, which {name} asks for") from None
