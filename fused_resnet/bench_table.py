@@ -14,11 +14,13 @@ from fused_resnet.console import duration, megabytes, table
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 _LEGEND = (
-    "All figures are measured. img/s: median over rounds in which the contenders took turns. vs: the "
-    "median of\nthe ratios within the rounds, +- half the distance of their quartiles. first: first "
-    "call in a fresh process,\nfrom the loaded stock model to the first result. memory: peak of "
-    "that process above what it held before. error:\nof the outputs, relative to float64. class: "
-    "images whose best class is float64's. Each gets its input in its layout."
+    "All figures are measured. img/s: median over rounds in which the contenders took turns. "
+    "vs: median of the ratios within the rounds, ± half the distance between their quartiles. "
+    "first: first call in a fresh process, from the loaded stock model to the first result. "
+    "memory: peak of that process above what it held before. "
+    "error: of the outputs, relative to float64. "
+    "class: images whose best class is float64's. "
+    "Each contender gets its input in its own memory layout."
 )
 
 
@@ -47,7 +49,7 @@ def meaning(result: Result) -> str:
     case, fused = result.case, result.contenders["fused"]
     what = f"{case.model}, batch {case.batch}, {_SHORT.get(case.dtype, case.dtype)}"
     if not fused.correct:
-        return f"[red]{what}: the fused network is WRONG and was not timed: {fused.note}[/]"
+        return f"[red]{what}: the fused network is WRONG and was not timed: {escape(fused.note)}[/]"
     nchw, nhwc = result.speedup("fused", "stock_nchw"), result.speedup("fused", "stock_nhwc")
     if nchw is None or nhwc is None:
         return f"{what}: right; not timed."
@@ -59,7 +61,7 @@ def meaning(result: Result) -> str:
 
 def _times(ratio: Spread) -> str:
     if ratio.low <= 1.0 <= ratio.high:
-        return f"about as fast as ({ratio.median:.2f}x)"
+        return f"neither faster nor slower beyond the noise ({ratio.median:.2f}x) than"
     if ratio.median > 1.0:
         return f"[green]{ratio.median:.2f}x as fast as[/]"
     return f"[red]slower ({ratio.median:.2f}x) than[/]"
@@ -112,7 +114,7 @@ def _ratio(result: Result, key: str, over: str) -> str:
         return "-"
     if key == over:
         return "1"
-    return f"{ratio.median:.2f} +-{ratio.half_width:.2f}"
+    return f"{ratio.median:.2f} ±{ratio.half_width:.2f}"
 
 
 def _percent(share: float | None) -> str:

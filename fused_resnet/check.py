@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.markup import escape
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
@@ -152,7 +153,7 @@ class CheckReport:
         for column in ("output", "fused", "stock", ""):
             outputs.add_column(column)
         for o in self.outputs:
-            outputs.add_row(o.name, _short(o.fused), _short(o.stock), _mark(o))
+            outputs.add_row(escape(o.name), _short(o.fused), _short(o.stock), _mark(o))
         parts.append(outputs)
         if self.agreement is not None:
             a = self.agreement
@@ -173,12 +174,12 @@ class CheckReport:
         parts.extend(
             (
                 "",
-                "[dim]Errors are distances from float64, relative to its norm. A result passes if its "
-                "distance, by norm\nand by worst element, is at most twice stock torch's plus the "
-                "dtype's rounding unit.[/]",
+                "[dim]Errors are distances from float64, relative to its norm. A result passes if "
+                "its distance, by norm and by worst element, is at most twice stock torch's plus "
+                "the dtype's rounding unit.[/]",
             )
         )
-        parts.extend(f"[yellow]note:[/] {note}" for note in self.notes)
+        parts.extend(f"[yellow]note:[/] {escape(note)}" for note in self.notes)
         return parts
 
     def _layer_table(self) -> RenderableType:
@@ -215,7 +216,7 @@ def check(
         reference: the stock model it stands for, in eval mode.
         inputs: a tensor, a tuple of arguments, or a list of either, of which each is one call.
         dtype: convert copies of both models, and the inputs, to this dtype first.
-        layers: also judge every fused op by itself, on the first call; takes about three times as long.
+        layers: also judge every fused op by itself, on the first call; takes three times as long.
         exact: `exact_outputs` of the same reference and inputs, if they are known already.
 
     Returns:
@@ -316,9 +317,9 @@ def compare(fused: Outputs, stock: Outputs, exact: Outputs) -> tuple[OutputCheck
             rows.append(OutputCheck(name, found, allowed, False, note))
             continue
         rows.append(OutputCheck(name, found, allowed, *_judge(found, allowed, dtype)))
-    for name in fused.keys() - exact.keys():
-        rows.append(OutputCheck(name, None, None, False, "the stock model does not return it"))
-    return tuple(rows)
+    extra = [name for name in fused if name not in exact]
+    note = "the stock model does not return it"
+    return (*rows, *(OutputCheck(name, None, None, False, note) for name in extra))
 
 
 def agreement(fused: Outputs, stock: Outputs, exact: Outputs) -> Agreement | None:
@@ -544,4 +545,4 @@ def _short(e: Error | None) -> str:
 
 
 def _mark(o: OutputCheck) -> str:
-    return "[green]ok[/]" if o.passed else f"[red]FAILED[/] {o.note}"
+    return "[green]ok[/]" if o.passed else f"[red]FAILED[/] {escape(o.note)}"

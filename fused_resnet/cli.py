@@ -16,6 +16,7 @@ from typing import Annotated, Any, ParamSpec
 
 import torch
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fused_resnet import backends, bench_table, images, zoo
@@ -87,7 +88,7 @@ def _command(function: Callable[P, None]) -> Callable[P, None]:
         try:
             function(*args, **kwargs)
         except UserError as e:
-            err.print(f"[red]error:[/] {e}", soft_wrap=True, markup=True)
+            err.print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             err.print("interrupted")
@@ -329,7 +330,7 @@ def _load(
 
 def _print_skipped(photos: images.Photos) -> None:
     for name, reason in photos.skipped:
-        out.print(f"[yellow]note:[/] {name} was skipped: {reason}")
+        out.print(f"[yellow]note:[/] {escape(f'{name} was skipped: {reason}')}")
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def _capabilities() -> dict[str, Any]:
-    """torch's view of the CPU; older versions have none."""
+    """What torch knows of the CPU; older versions have none."""
     capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
     return capabilities()
 

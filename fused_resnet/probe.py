@@ -56,8 +56,8 @@ class Probe:
     Attributes:
         first_call: seconds from the loaded stock model to the first result: fusing, choosing and
             verifying kernels, packing weights, compiling, and the call itself.
-        peak_memory: bytes at the peak of three calls above those held before the first: activations,
-            packed weights, workspaces. None where the system does not tell.
+        peak_memory: bytes at the peak of three calls above those held before: activations, packed
+            weights, workspaces. None where the system does not tell.
         method: how the memory was measured.
     """
 

@@ -5,7 +5,8 @@ A name is one of
 - a builder of torchvision (``resnet50``, ``fcn_resnet50``) or of this package (``plain18``,
   ``cifar_resnet20``),
 - ``timm:NAME``,
-- ``module:callable``, imported from the current folder or the environment, called without arguments.
+- ``module:callable``, imported from the current folder or the environment, called without
+  arguments.
 """
 
 from __future__ import annotations
@@ -237,7 +238,8 @@ def _load_named(name: str, weights: str | None, size: int | None) -> Network:
 
 def _load_timm(name: str, weights: str | None, size: int | None) -> Network:
     try:
-        import timm
+        timm = importlib.import_module("timm")
+        data = importlib.import_module("timm.data")
     except ImportError:
         raise UserError(f"{name} comes from timm: pip install timm") from None
     short = name.removeprefix("timm:")
@@ -249,11 +251,9 @@ def _load_timm(name: str, weights: str | None, size: int | None) -> Network:
         short = f"{short}.{weights}"
     with _explained(name, weights):
         model = timm.create_model(short, pretrained=pretrained)
-    from timm.data import create_transform, resolve_model_data_config
-
-    config = resolve_model_data_config(model)
+    config = data.resolve_model_data_config(model)
     if size is None:
-        transform: Transform = create_transform(**config, is_training=False)
+        transform: Transform = data.create_transform(**config, is_training=False)
         size = config["input_size"][-1]
     else:
         transform = standard_transform(size)
