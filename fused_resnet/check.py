@@ -349,9 +349,11 @@ def agreement(fused: Outputs, stock: Outputs, exact: Outputs) -> Agreement | Non
 
 @dataclass(frozen=True)
 class _Op:
-    """A fused op that ran: its verdict, and its result on the first image."""
+    """A fused op that ran: its name, its verdict, its input and its result on the first image."""
 
+    name: str
     row: LayerCheck | None
+    entered: Tensor
     first: Tensor
 
 
@@ -377,26 +379,33 @@ class _Recorder(TorchDispatchMode):
         if not choices:  # An empty batch: there was nothing to compute.
             return result
         value = args[0] if inplace else result
-        row = self._judge(choices[-1], operands, value) if self.judge else None
-        self.ops.append(_Op(row, value[:1].clone()))
+        name = self._name(choices[-1], operands)
+        row = _check_op(name, choices[-1], operands, value) if self.judge else None
+        self.ops.append(_Op(name, row, operands[0][:1].clone(), value[:1].clone()))
         return result
 
-    def _judge(self, choice: backends.Choice, operands: list[Tensor], value: Tensor) -> LayerCheck:
-        problem = choice.problem
-        if isinstance(problem, ConvProblem):
-            x, weight, scale, shift = operands[:4]
-            residual = operands[4] if len(operands) > 4 else None
-            name = self.names.get(weight.data_ptr(), "").removesuffix(".weight") or choice.kernel.op
-            exact = reference_conv(problem, x, weight, scale, shift, residual)
-            stock = stock_conv(problem, x, weight, scale, shift, residual)
-        else:
-            a, b = operands
-            behind = self.ops[-1].row.name if self.ops and self.ops[-1].row else "the input"
-            name = f"add_relu behind {behind}"
-            exact, stock = torch.relu(a.double() + b.double()), torch.relu(a + b)
-        found, allowed = error(value, exact), error(stock, exact)
-        passed, _ = _judge(found, allowed, value.dtype)
-        return LayerCheck(name, str(problem), choice.kernel.full_name, found, allowed, passed)
+    def _name(self, choice: backends.Choice, operands: list[Tensor]) -> str:
+        if not isinstance(choice.problem, ConvProblem):
+            return f"add_relu behind {self.ops[-1].name}" if self.ops else "add_relu"
+        name = self.names.get(operands[1].data_ptr())
+        return choice.kernel.op if name is None else name.removesuffix(".weight")
+
+
+def _check_op(
+    name: str, choice: backends.Choice, operands: list[Tensor], value: Tensor
+) -> LayerCheck:
+    """Judge the result ``value`` of one op by what float64 and stock torch make of its operands."""
+    problem = choice.problem
+    if isinstance(problem, ConvProblem):
+        x, weight, scale, shift, *residual = operands
+        args = (problem, x, weight, scale, shift, residual[0] if residual else None)
+        exact, stock = reference_conv(*args), stock_conv(*args)
+    else:
+        a, b = operands
+        exact, stock = torch.relu(a.double() + b.double()), torch.relu(a + b)
+    found, allowed = error(value, exact), error(stock, exact)
+    passed, _ = _judge(found, allowed, value.dtype)
+    return LayerCheck(name, str(problem), choice.kernel.full_name, found, allowed, passed)
 
 
 def _check_inside(
@@ -415,17 +424,17 @@ def _check_inside(
     try:
         exact_model = copy.deepcopy(model).double()
         wide = _cast(args, torch.float64)
-        with _Recorder(exact_model, judge=False) as exact:
+        with backends.backend("torch"), _Recorder(exact_model, judge=False) as exact:
             ours = outputs_of(exact_model, [wide])
     except Exception as e:  # A model of any kind: it may refuse to be copied or to run in float64.
         notes.append(f"the fused model does not run in float64 ({type(e).__name__}: {e})")
         return None, rows
     same = _same_function(ours, expected)
     if not same.passed:
-        where = _first_difference(exact_model, copy.deepcopy(reference).double(), wide)
+        where = _first_difference(exact.ops, copy.deepcopy(reference).double(), wide)
         notes.append(
             "the fused model computes another function than the reference, even in float64"
-            + (f"; the first module to differ is {where}" if where else "")
+            + (f"; the first convolution to get another input is {where}" if where else "")
         )
     with backends.backend("torch"), _Recorder(model, judge=False) as stock:
         outputs_of(model, [args])
@@ -458,40 +467,37 @@ def _same_function(ours: Outputs, theirs: Outputs) -> OutputCheck:
     return OutputCheck("float64", worst, None, passed, note)
 
 
-def _first_difference(model: nn.Module, reference: nn.Module, args: tuple[Any, ...]) -> str | None:
-    """Path of the first module, called in both, whose output differs; None if there is none."""
+def _first_difference(
+    ops: Sequence[_Op], reference: nn.Module, args: tuple[Any, ...]
+) -> str | None:
+    """Path of the first convolution whose input differs between both models; None if there is none.
 
-    def outputs(m: nn.Module, paths: set[str]) -> dict[str, Tensor]:
-        seen: dict[str, Tensor] = {}
+    Args:
+        ops: what the fused model ran.
+        reference: in the same dtype; its convolutions are found by their paths.
+        args: of both.
+    """
+    seen: dict[str, Tensor] = {}
 
-        def keep(path: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, _args: Any, result: Any) -> None:
-                if isinstance(result, Tensor):
-                    seen.setdefault(path, result.clone())
+    def keep(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, given: tuple[Any, ...]) -> None:
+            seen.setdefault(path, given[0][:1].clone())
 
-            return hook
+        return hook
 
-        handles = [
-            part.register_forward_hook(keep(path))
-            for path, part in m.named_modules()
-            if path in paths
-        ]
-        try:
-            outputs_of(m, [args])
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
-
-    # A hook on a convolution, a norm or an activation would turn fusion off: containers only.
-    paths = {
-        path
-        for path, part in reference.named_modules()
-        if path and (any(part.children()) or isinstance(part, nn.Linear))
-    } & {path for path, _ in model.named_modules()}
-    ours, theirs = outputs(model, paths), outputs(reference, paths)
-    for path, expected in theirs.items():  # In order of completion.
-        if path in ours and not _same_function({path: ours[path]}, {path: expected}).passed:
+    entered = {op.name: op.entered for op in reversed(ops)}  # The first call of each counts.
+    handles = [
+        module.register_forward_pre_hook(keep(path))
+        for path, module in reference.named_modules()
+        if path in entered
+    ]
+    try:
+        outputs_of(reference, [args])
+    finally:
+        for handle in handles:
+            handle.remove()
+    for path, expected in seen.items():  # In order of execution.
+        if not _same_function({path: entered[path]}, {path: expected}).passed:
             return path
     return None
 

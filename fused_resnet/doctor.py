@@ -34,6 +34,8 @@ _VARIABLES = (
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST_TORCH = (2, 9)
+#: Present while NVIDIA's kernel driver is loaded.
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -172,11 +174,9 @@ def _devices(facts: Machine) -> Iterator[Finding]:
         return
     if torch.version.cuda is None and torch.version.hip is None:
         yield Finding("Devices", "cuda", "no: this torch is built for the CPU only")
-    elif Path("/proc/driver/nvidia/version").exists() and not os.environ.get(
-        "CUDA_VISIBLE_DEVICES", "all"
-    ):
+    elif _NVIDIA_DRIVER.exists() and not os.environ.get("CUDA_VISIBLE_DEVICES", "all"):
         yield Finding("Devices", "cuda", "hidden by CUDA_VISIBLE_DEVICES", "note")
-    elif Path("/proc/driver/nvidia/version").exists():
+    elif _NVIDIA_DRIVER.exists():
         reason = (
             f"there is an NVIDIA driver, but torch (CUDA {torch.version.cuda}) finds no GPU: the "
             "driver may be too old, or this container may have been given none"
