@@ -512,12 +512,14 @@ class _Stage:
             pieces = self._calls("stock_nhwc", pixels, min(n, 4))
             self._exact[n] = exact_outputs(self.stock, pieces)
         exact = self._exact[n]
-        stock = outputs_of(self.stock, self._calls("stock_nhwc", pixels, batch))
+        results = {
+            key: outputs_of(run, self._calls(key, pixels, batch)) for key, run in self.runs.items()
+        }
+        stocks = [results[key] for key in results if not CONTENDERS[key].judged]
         found = {}
-        for key, run in self.runs.items():
-            ours = outputs_of(run, self._calls(key, pixels, batch))
-            rows = compare(ours, stock, exact)
-            classes = agreement(ours, stock, exact)
+        for key, ours in results.items():
+            rows = compare(ours, stocks, exact)
+            classes = agreement(ours, stocks[0], exact)
             wrong = [r for r in rows if not r.passed] if CONTENDERS[key].judged else []
             found[key] = Measured(
                 error=max((row.fused.l2 for row in rows if row.fused is not None), default=None),

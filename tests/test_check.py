@@ -169,8 +169,15 @@ def test_outputs_of_a_structure_are_judged_one_by_one(pair, x):
 
 def test_missing_and_surplus_outputs_are_found():
     t, e = torch.ones(2), torch.ones(2, dtype=torch.float64)
-    rows = compare({"a": t, "c": t}, {"a": t, "b": t}, {"a": e, "b": e})
+    rows = compare({"a": t, "c": t}, [{"a": t, "b": t}], {"a": e, "b": e})
     assert {r.name: r.passed for r in rows} == {"a": True, "b": False, "c": False}
+
+
+def test_stock_torchs_error_is_its_largest():
+    exact = {"y": torch.ones(8, dtype=torch.float64)}
+    lucky, usual, ours = ({"y": torch.ones(8) + k * 1e-5} for k in (0, 1, 2))
+    assert not compare(ours, [lucky], exact)[0].passed
+    assert compare(ours, [lucky, usual], exact)[0].passed
 
 
 def test_several_calls_are_judged_together(pair, x):
