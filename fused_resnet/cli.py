@@ -233,7 +233,7 @@ def explain(
         stock = zoo.converted(network, d, where, channels_last=True)
         example = torch.zeros(b, 3, network.size, network.size, dtype=d, device=where)
         table = run_explain(stock, example)
-        out.print(table)
+        out.print(str(table), markup=False, soft_wrap=True)
         write({"model": model, **table.to_dict()})
 
 
