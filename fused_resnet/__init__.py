@@ -2,7 +2,9 @@
 
 from fused_resnet import functional
 from fused_resnet.backends import FusedResNetWarning, backend
+from fused_resnet.explain import Explanation, explain
 from fused_resnet.fold import refresh
+from fused_resnet.fuse import fuse, unfuse
 from fused_resnet.modules import BasicBlock, Bottleneck, ConvBNAct, Stem
 from fused_resnet.resnet import (
     ResNet,
@@ -26,13 +28,16 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ConvBNAct",
+    "Explanation",
     "FusedResNetWarning",
     "ResNet",
     "Stem",
     "__version__",
     "backend",
     "cifar_resnet",
+    "explain",
     "functional",
+    "fuse",
     "plain18",
     "plain34",
     "refresh",
@@ -44,6 +49,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "unfuse",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]

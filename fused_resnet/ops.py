@@ -289,6 +289,8 @@ def _conv(
         return x.new_empty(shape).as_strided(shape, channels_last_strides(*shape))
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
+    # Kernels read the vectors as flat arrays.
+    scale, shift = scale.contiguous(), shift.contiguous()
     return _channels_last(backends.run(choice, x, weight, scale, shift, residual))
 
 
@@ -354,12 +356,24 @@ def _add_relu(a: Tensor, b: Tensor) -> Tensor:
     return y if y.stride() == a.stride() else torch.empty_like(a).copy_(y)
 
 
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether a and b may overlap without being the same: writing a could change b unread."""
+    return (
+        a.layout == b.layout == torch.strided
+        and a.device == b.device
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and (a.data_ptr() != b.data_ptr() or a.stride() != b.stride())
+    )
+
+
 def _add_relu_(a: Tensor, b: Tensor) -> None:
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         raise RuntimeError(
             "fused_resnet::add_relu_ has no gradient, but a or b requires one; use add_relu, or "
             "fused_resnet.functional.add_relu(a, b, inplace=True)"
         )
+    if _share_memory(a, b):
+        b = b.clone()
     choice = _add_choice(a, b, True)
     if a.numel() != 0:
         version = a._version if not a.is_inference() else None
