@@ -1,4 +1,4 @@
-"""What the suites share: every benchmark in every contender, inputs ready, stock torch not handicapped."""
+"""What the suites share: every benchmark runs once in each contender and dtype."""
 
 import pytest
 import torch
@@ -6,11 +6,10 @@ import torch
 from fused_resnet.bench import CONTENDERS
 
 
-@pytest.fixture(params=CONTENDERS, autouse=True)
+@pytest.fixture(params=CONTENDERS)
 def contender(request):
     """One way to run a network, see ``fused_resnet.bench.CONTENDERS``."""
-    with torch.inference_mode():
-        yield CONTENDERS[request.param]
+    return CONTENDERS[request.param]
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
