@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fused_resnet.problem import ConvProblem
 
-
 #: What the order of an fp32 sum may do to a single element, relative to the largest: sums of some
 #: thousand products differ by this much between kernels, stock torch's own for one batch size and
 #: for another among them (1e-6 against 4e-7 for 1x1 convolutions of 1024 channels). A wrong

@@ -1,4 +1,4 @@
-"""fuse: every pattern, in every spelling, computes what the stock model does and keeps its state."""
+"""fuse: every pattern, in every spelling, computes what stock modules do and keeps their state."""
 
 import collections
 import copy
