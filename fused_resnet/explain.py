@@ -468,12 +468,12 @@ def _current_module() -> Iterator[list[nn.Module]]:
 def _as_before(model: nn.Module) -> Iterator[None]:
     """Put buffers (running statistics in train mode) and the random state back after the block."""
     before: list[tuple[Tensor, Tensor]] = [(b, b.clone()) for b in model.buffers()]
-    versions = [b._version for b, _ in before]
     try:
         with torch.random.fork_rng():
             yield
     finally:
         with torch.no_grad():
-            for (buffer, value), version in zip(before, versions, strict=True):
-                if buffer._version != version:
+            for buffer, value in before:
+                # Not by version: batch_norm updates its statistics without counting.
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)

@@ -248,7 +248,9 @@ def _is_module(node: fx.Node) -> bool:
 
 
 def _has_forward(module: nn.Module) -> bool:
-    return stock_class(module).forward is not nn.Module.forward
+    # The classes of scripted modules have no forward to look at.
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return scripted or stock_class(module).forward is not nn.Module.forward
 
 
 def _analyse(path: str, module: nn.Module, fused: set[nn.Module] | None = None) -> Analysis:

@@ -219,8 +219,10 @@ def _channels_last(y: Tensor) -> Tensor:
     strides = channels_last_strides(*y.shape)
     if y.stride() == strides:
         return y
-    # Extents of 1 leave several strides possible for the same memory; unify them.
-    return y.contiguous(memory_format=torch.channels_last).as_strided(y.shape, strides)
+    # Extents of 1 leave several strides possible for the same memory; unify them. In place, since a
+    # view could not be written to by what comes next (autograd forbids it for results of an op).
+    y = y.contiguous(memory_format=torch.channels_last)
+    return y.as_strided_(y.shape, strides)
 
 
 def _key(t: Tensor) -> tuple[Any, ...]:
@@ -288,7 +290,7 @@ def _conv(
     if x.shape[0] == 0:
         assert isinstance(choice.problem, ConvProblem)
         shape = choice.problem.out_shape
-        return x.new_empty(shape).as_strided(shape, channels_last_strides(*shape))
+        return x.new_empty_strided(shape, channels_last_strides(*shape))
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     # Kernels read the vectors as flat arrays.

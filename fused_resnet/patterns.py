@@ -28,7 +28,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fused_resnet import functional, nodes
 from fused_resnet.fold import is_plain_conv, why_not_foldable
-from fused_resnet.tracing import stock_class
+from fused_resnet.tracing import INPLACE_OPERATORS, stock_class
 
 Kind = Literal["conv", "norm", "act", "add", "maxpool"]
 
@@ -428,23 +428,7 @@ _FRESH_FUNCTIONS = frozenset(
     }
     | OWN_FUNCTIONS
 )
-_INPLACE_FUNCTIONS = frozenset(
-    {
-        operator.iadd,
-        operator.iand,
-        operator.ifloordiv,
-        operator.imatmul,
-        operator.imod,
-        operator.imul,
-        operator.ior,
-        operator.ipow,
-        operator.isub,
-        operator.itruediv,
-        operator.ixor,
-        operator.setitem,
-        torch.relu_,
-    }
-)
+_INPLACE_FUNCTIONS = frozenset({*INPLACE_OPERATORS, operator.setitem, torch.relu_})
 
 
 class _Memory:

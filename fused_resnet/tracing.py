@@ -174,11 +174,38 @@ _FACTORIES = frozenset(
 
 #: Leaves that return a tensor whenever they return at all.
 _TENSOR_LEAVES = (_ConvNd, _NormBase, nn.ReLU, nn.Linear, nn.Dropout, nn.Identity, nn.AvgPool2d)
+#: Operators that write to their first argument where it is a tensor.
+INPLACE_OPERATORS = (
+    operator.iadd,
+    operator.iand,
+    operator.ifloordiv,
+    operator.ilshift,
+    operator.imatmul,
+    operator.imod,
+    operator.imul,
+    operator.ior,
+    operator.ipow,
+    operator.irshift,
+    operator.isub,
+    operator.itruediv,
+    operator.ixor,
+)
 _TENSOR_FUNCTIONS = (torch.cat, torch.relu, nn.functional.relu, operator.add, operator.iadd)
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that can be told from those of another tracer."""
+    """A proxy that records ``x += y`` as what it is; torch.fx takes it for ``x = x + y``."""
+
+
+def _inplace(function: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], fx.Proxy]:
+    def method(self: _Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _function in INPLACE_OPERATORS:
+    setattr(_Proxy, f"__{_function.__name__}__", _inplace(_function))
 
 
 class _Tracer(fx.Tracer):
@@ -208,6 +235,8 @@ class _Tracer(fx.Tracer):
         args: list[Any] = [self.root]
         keywords: dict[str, Any] = {}
         for name, p in list(inspect.signature(root_fn).parameters.items())[1:]:
+            if p.kind is p.VAR_POSITIONAL and not result.inputs:
+                raise Untraceable("it takes any number of arguments")
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
                 result.fixed[name] = () if p.kind is p.VAR_POSITIONAL else {}
             elif p.default is not p.empty:
@@ -410,6 +439,7 @@ def _unchanged(root: nn.Module) -> Iterator[None]:
     before = [
         (m, dict(vars(m)), {k: c for k, v in vars(m).items() if (c := _contents(v)) is not None})
         for m in root.modules()
+        if not isinstance(m, torch.jit.ScriptModule)  # These look attributes up lazily.
     ]
     try:
         yield
