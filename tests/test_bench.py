@@ -89,7 +89,7 @@ def test_ctrl_c_keeps_the_complete_rounds():
 
 
 def _result(**seconds):
-    case = Case("net", "random weights", "float32", 4, 32, "cpu", 1)
+    case = Case("net", "random weights", "2 photos", "float32", 4, 32, "cpu", 1)
     return Result(case, {k: Measured(seconds=v, error=1e-7) for k, v in seconds.items()})
 
 
