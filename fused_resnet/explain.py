@@ -1,4 +1,4 @@
-"""`explain`: what became of every convolution, norm, activation, sum and max-pooling of a model, and why."""
+"""`explain`: what became of every convolution, norm, activation and sum of a model, and why."""
 
 from __future__ import annotations
 
@@ -43,14 +43,16 @@ class Row:
     """One call of a convolution, norm, activation, sum or max-pooling.
 
     Attributes:
-        path: of the module that is called, or of the module whose forward calls a function or operator.
+        path: of the module that is called, or of the module whose forward calls a function or
+            operator.
         kind: ``conv``, ``norm``, ``act``, ``add`` or ``maxpool``.
         type: the module's class, or the name of the function.
         outcome: ``fused``; ``fusable``: `fuse` would fuse it; ``stock``: it stays as it is.
         op: the fused function that it is part of.
         parts: what that function replaces, in order.
         reason: why it is not fused, or why its stock modules run at present all the same.
-        kernel: what computed the op on the example, as ``backend/name``; several are separated by commas.
+        kernel: what computed the op on the example, as ``backend/name``; several are separated by
+            commas.
         rejected: (kernel, reason) of the kernels that come first but could not compute it.
     """
 
@@ -85,7 +87,7 @@ class Explanation:
     untraceable: dict[str, str] = field(default_factory=dict)
 
     def counts(self) -> dict[Kind, tuple[int, int]]:
-        """For each kind how many calls are fused (or, in a stock model, would be), and how many there are."""
+        """For each kind: how many calls are fused (in a stock model: would be), of how many."""
         return {
             kind: (
                 sum(r.kind == kind and r.outcome != "stock" for r in self.rows),
@@ -139,9 +141,9 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
 
     Args:
         model: a fused model, a stock one, or one of this package's own.
-        example: an input, or a tuple of all arguments. The model is run on it once (its buffers and the
-            random state are put back), and the rows tell the kernels that ran. A stock model is fused for
-            that first.
+        example: an input, or a tuple of all arguments. The model is run on it once (its buffers and
+            the random state are put back), and the rows tell the kernels that ran. A stock model is
+            fused for that first.
 
     Returns:
         The rows, as a table to print or as data.
@@ -207,7 +209,7 @@ class _Table:
         # Places by the module that makes the call and by the convolution's weight (None: add_relu).
         self.sites: dict[tuple[int, int | None], list[list[_Place]]] = {}
 
-    # ------------------------------------------------------------------------------------ filling in
+    # ----------------------------------------------------------------------------------- filling in
 
     def fill(self) -> None:
         for analysis in self.analyses:
@@ -228,8 +230,7 @@ class _Table:
             path = _join(analysis.path, str(node.target))
             cls = stock_class(analysis.module.get_submodule(str(node.target)))
             return Row(path, kind, cls.__name__, outcome)
-        name = str(node.target) if node.op == "call_method" else node.target.__name__  # type: ignore[union-attr]
-        return Row(self.place(analysis, node)[0], kind, name, outcome)
+        return Row(self.place(analysis, node)[0], kind, patterns.function_name(node), outcome)
 
     def add_sites(self, analysis: Analysis) -> None:
         """The sites that are rewritten in the forward of one module."""
@@ -273,11 +274,11 @@ class _Table:
         self.sites.setdefault((id(actual), weight), []).append([place for place, _ in rows])
 
     def label(self, row: Row) -> str:
-        """How a part is named where its op is listed: its path, or that of its function's home and its name."""
+        """How a part is called where its op is listed."""
         return row.path if row.type[:1].isupper() else _join(row.path, row.type)
 
     def add_own_calls(self, analysis: Analysis) -> None:
-        """Calls of fused functions that forward contains by itself, as in this package's own modules."""
+        """Calls of fused functions that stood in forward before, as in this package's modules."""
         if not analysis.own_calls or analysis.trace is None:
             return
         actual = self.model.get_submodule(analysis.path)
@@ -342,7 +343,7 @@ class _Table:
                     self.rows[place] = replace(row, reason=analysis.reason)
 
     def add_unseen(self) -> None:
-        """Modules that no trace shows: below a forward that cannot be traced, or not called at all."""
+        """Modules that no trace shows: their caller cannot be traced, or nothing calls them."""
         seen = {row.path for row in self.rows.values()}
         untraceable = {a.path: a.reason for a in self.analyses if a.trace is None}
         for path, module in self.model.named_modules():
@@ -379,9 +380,14 @@ class _Table:
     def observe(self, example: tuple[Any, ...]) -> None:
         """Run the model on ``example`` and enter the kernels that computed each site."""
         calls: dict[tuple[int, int | None], list[list[Choice]]] = {}
-        with _as_before(self.model), backends.observe() as choices, _current_module() as stack:
-            with torch.no_grad(), _Watch(choices, stack, calls):
-                self.model(*example)
+        with (
+            _as_before(self.model),
+            backends.observe() as choices,
+            _current_module() as stack,
+            torch.no_grad(),
+            _Watch(choices, stack, calls),
+        ):
+            self.model(*example)
         for key, sites in self.sites.items():
             seen = calls.get(key, [])
             for i, places in enumerate(sites):
@@ -412,7 +418,7 @@ def _calls(analyses: list[Analysis], path: str) -> bool:
 
 
 class _Watch(TorchFunctionMode):
-    """Notes which module's forward called each of the package's ops, with which weight, and the choice made."""
+    """Notes whose forward calls which op with which weight, and the choice that is made."""
 
     def __init__(
         self,

@@ -1,13 +1,13 @@
 """`fuse`: the same model, with the same parameters, calling fused ops; and `unfuse`, the way back.
 
-Each module keeps its place in the tree. One whose forward contains sites (see `fused_resnet.patterns`)
-gets a class derived from its own, whose forward is the rewritten graph of the old one; all others stay
-as they are. So attributes, children, hooks, ``isinstance`` and state_dict are those of the original, a
-module's forward can still be called on its own, and where one forward cannot be traced, those of the
-modules below it still can.
+Each module keeps its place in the tree. One whose forward contains sites (see
+`fused_resnet.patterns`) gets a class derived from its own, whose forward is the rewritten graph of
+the old one; all others stay as they are. So attributes, children, hooks, ``isinstance`` and
+state_dict are those of the original, a module's forward can still be called on its own, and where
+one forward cannot be traced, those of the modules below it still can.
 
-A graph shows what forward did once. What it rests on (see `Plan`) is looked at again at every call, and
-where it no longer holds the stock forward runs.
+A graph shows what forward did once. What it rests on (see `Plan`) is looked at again at every call,
+and where it no longer holds the stock forward runs.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def fuse(model: Model) -> Model:
-    """The same model, calling fused ops wherever convolution, batch norm, add and ReLU follow each other.
+    """The same model, calling fused ops where convolution, batch norm, add and ReLU meet.
 
-    The result shares every parameter and buffer with ``model``: training or loading one changes both.
-    It has the same classes (subclasses of them), attributes, state_dict keys and hooks. ``model`` itself
-    is left as it is. In train mode the stock modules run, to the same gradients and running statistics.
-    Conversions such as ``.half()`` or ``.to(device)`` of the result as a whole leave ``model`` alone.
+    The result shares every parameter and buffer with ``model``: training or loading one changes
+    both. It has the same classes (subclasses of them), attributes, state_dict keys and hooks.
+    ``model`` itself is left as it is. In train mode the stock modules run, to the same gradients
+    and running statistics. Conversions such as ``.half()`` or ``.to(device)`` of the result as a
+    whole leave ``model`` alone.
 
     What was fused, what was not and why: `fused_resnet.explain`.
 
@@ -57,8 +58,10 @@ def fuse(model: Model) -> Model:
         A new module. A `FusedResNetWarning` tells if there was nothing to fuse.
 
     Raises:
-        TypeError: ``model`` is not a module, or is compiled, scripted or wrapped: fuse what is inside.
-        ValueError: ``model`` is quantised or prepared for quantisation, or has uninitialised parameters.
+        TypeError: ``model`` is not a module, or is compiled, scripted or wrapped: fuse what is
+            inside.
+        ValueError: ``model`` is quantised or prepared for quantisation, or has uninitialised
+            parameters.
 
     Example:
         >>> model = torchvision.models.resnet50(weights="DEFAULT").eval()
@@ -81,12 +84,12 @@ def fuse(model: Model) -> Model:
         )
     elif not isinstance(fused, FusedModule):
         # Its forward stays; conversions and pickling must know what is below.
-        fused.__class__ = _derive(stock_class(fused), None)
+        _set_class(fused, _derive(stock_class(fused), None))
     return fused
 
 
 def unfuse(model: Model) -> Model:
-    """The model that `fuse` was given, as it is now: original classes, the same parameters and buffers.
+    """The model that `fuse` was given, as it is now: original classes, the same parameters.
 
     Args:
         model: a result of `fuse`, or any module that contains one.
@@ -104,9 +107,9 @@ def unfuse(model: Model) -> Model:
     return plain
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Input: what can be fused, and a copy of it that shares all tensors.
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 _WRAPPERS = {
     "DataParallel": "module",
@@ -154,7 +157,7 @@ def clone(model: Model) -> Model:
 
 
 def _share(value: Any, memo: dict[int, Any]) -> None:
-    """Have deepcopy keep the tensors and functions in ``value`` (an attribute of a module) as they are."""
+    """Have deepcopy keep the tensors and functions in an attribute of a module as they are."""
     if isinstance(value, Tensor):
         memo[id(value)] = value
     elif isinstance(value, dict):
@@ -176,14 +179,14 @@ def restore_classes(model: nn.Module) -> None:
     """Make every fused module within ``model`` an instance of its original class again."""
     for module in model.modules():
         if isinstance(module, FusedModule):
-            module.__class__ = stock_class(module)
+            _set_class(module, stock_class(module))
             for name in _STATE:
                 vars(module).pop(name, None)
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Analysis: for each module that has a forward of its own, the sites in it.
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -195,8 +198,8 @@ class Analysis:
         module: the module.
         trace: of its forward and all forwards below it; None if that cannot be traced.
         match: sites and reasons in ``trace``.
-        sites: those sites that are this module's to rewrite: they lie in its own forward, or begin in one
-            submodule and end in another.
+        sites: those sites that are this module's to rewrite: they lie in its own forward, or begin
+            in one submodule and end in another.
         plan: the rewritten forward, if there are sites.
         reason: why there is no trace or no plan.
         own_calls: how many calls of fused functions its own forward contains already.
@@ -226,7 +229,7 @@ def analyse(model: nn.Module) -> list[Analysis]:
 
 
 def _modules_of_own_calls(analysis: Analysis) -> set[nn.Module]:
-    """Modules that the forward passes to fused functions by itself, as this package's own modules do."""
+    """Modules that forward passes to fused functions by itself, as this package's modules do."""
     if analysis.trace is None:
         return set()
     return {
@@ -291,7 +294,7 @@ def _frame_of(site: Site) -> Key:
 
 
 def _own_sites(trace: Trace, sites: list[Site]) -> tuple[frozenset[Key], tuple[Site, ...]]:
-    """Which calls the outermost forward must be traced through, and the sites that then lie in it."""
+    """Which calls the outer forward must be traced through, and the sites that then lie in it."""
     inline: set[Key] = set()
     own: list[Site] = []
     if not any(_frame_of(site) == () for site in sites):
@@ -317,9 +320,9 @@ def _own_sites(trace: Trace, sites: list[Site]) -> tuple[frozenset[Key], tuple[S
     return frozenset(inline), tuple(own)
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Plan: the rewritten forward of one module.
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -418,7 +421,7 @@ def _source_or_none(rewritten: Callable[[], tuple[Trace, fx.Graph, str, Any]]) -
 
 
 def _containers(module: nn.Module, through: set[str]) -> list[str]:
-    """Paths of ModuleLists and ModuleDicts that the forwards of ``module`` and ``through`` can loop over."""
+    """Paths of the ModuleLists that the forwards of ``module`` and ``through`` can loop over."""
     found: list[str] = []
     for path, child in module.named_modules():
         parent = path.rpartition(".")[0]
@@ -438,13 +441,13 @@ def _inlined(path: str, module: nn.Module) -> Inlined:
 
 def _rewrite(graph: fx.Graph, sites: tuple[Site, ...]) -> None:
     """Replace the nodes of each site by one call."""
-    at = {node.meta["key"]: node for node in graph.nodes if "key" in node.meta}
+    at: dict[Key, fx.Node] = {n.meta["key"]: n for n in graph.nodes if "key" in n.meta}
 
     def here(node: fx.Node) -> fx.Node:
-        try:
-            return at[node.meta["key"]]
-        except KeyError:
-            raise Untraceable("its forward takes another way when it is traced again") from None
+        found = at.get(node.meta["key"])
+        if found is None or (found.op, found.target) != (node.op, node.target):
+            raise Untraceable("its forward takes another way when it is traced again")
+        return found
 
     for site in sites:
         parts = [here(node) for node in site.parts]
@@ -460,6 +463,8 @@ def _rewrite(graph: fx.Graph, sites: tuple[Site, ...]) -> None:
 
 
 def _call(graph: fx.Graph, site: Site, here: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """The call that stands for ``site``, with the modules of the site as arguments."""
+
     def module(node: fx.Node | None) -> fx.Node | str | None:
         """The module that a node calls; "relu" for a ReLU that is called as a function."""
         if node is None:
@@ -471,7 +476,7 @@ def _call(graph: fx.Graph, site: Site, here: Callable[[fx.Node], fx.Node]) -> fx
     if site.conv is None:
         assert site.add is not None
         a, b = here(site.add).args
-        keywords = {"inplace": True} if site.inplace else {}
+        keywords: dict[str, Any] = {"inplace": True} if site.inplace else {}
         return graph.call_function(nodes.add_relu, (a, b, module(site.act)), keywords)
     x = here(site.conv).args[0]
     layers = module(site.conv), module(site.norm)
@@ -505,14 +510,15 @@ def _compile(source: str, scope: dict[str, Any], name: str) -> FunctionType:
     return cast(FunctionType, scope["forward"])
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Classes: a module's own class with the rewritten forward.
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 #: What `install` keeps on an instance.
 _STATE = ("_fused_links", "_fused_changed")
 
-#: Attributes of every module; setting them does not change what forward means, or is looked at anyway.
+#: Attributes of every module; setting them does not change what forward means, or is looked at
+#: anyway.
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "__class__", *_STATE}
 
 _classes: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = (
@@ -538,7 +544,7 @@ def install(analysis: Analysis) -> None:
             record = inlined if child is module.get_submodule(inlined.path) else None
             links[id(parent), name] = (parent, name, child, record)
             parent = child
-    module.__class__ = _derive(stock_class(module), plan)
+    _set_class(module, _derive(stock_class(module), plan))
     vars(module)["_fused_links"] = tuple(links.values())
 
 
@@ -571,8 +577,13 @@ def why_stale(module: nn.Module) -> str | None:
     return None
 
 
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    # Past a __setattr__ of the module's own: the attribute is Python's.
+    object.__setattr__(module, "__class__", cls)
+
+
 def _derive(stock: type[nn.Module], plan: Plan | None) -> type[nn.Module]:
-    """A class derived from ``stock`` that runs ``plan``; without one only conversions and pickling differ."""
+    """A class derived from ``stock`` that runs ``plan``, and converts and pickles as it should."""
     key = (stock, None if plan is None else plan.key)
     with _lock:
         cls = _classes.get(key)
@@ -592,9 +603,9 @@ def _derive(stock: type[nn.Module], plan: Plan | None) -> type[nn.Module]:
                 namespace["__deepcopy__"] = _deepcopy
             if plan is not None:
                 namespace["forward"] = _forward(stock, plan)
-            # Not through the metaclass's __call__: a class may count or check its subclasses there.
+            metaclass: Any = type(stock)
             cls = cast(
-                "type[nn.Module]", type(stock)(stock.__name__, (stock, FusedModule), namespace)
+                "type[nn.Module]", metaclass(stock.__name__, (stock, FusedModule), namespace)
             )
             _classes[key] = cls
     return cls
@@ -675,9 +686,9 @@ def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and isinstance(a, bool | int | float | str | tuple) and a == b
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Copies, pickles and conversions.
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -694,7 +705,7 @@ def _copy(self: nn.Module) -> nn.Module:
 
 
 def _reduce_ex(self: nn.Module, protocol: int) -> Any:
-    """Pickle as the stock class, to be fused again at load: a graph does not outlive a version of torch."""
+    """Pickle as the stock class, to be fused again at load; other versions make other graphs."""
     stock = stock_class(self)
     if stock.__reduce_ex__ is not object.__reduce_ex__ or stock.__reduce__ is not object.__reduce__:
         return stock.__reduce_ex__(self, protocol)
@@ -715,7 +726,7 @@ def _restore(module: nn.Module, pickled: tuple[bool, Any]) -> None:
     has_plan, state = pickled
     module.__setstate__(state)
     if not has_plan:
-        module.__class__ = _derive(stock_class(module), None)
+        _set_class(module, _derive(stock_class(module), None))
         return
     with _mode(module, training=False), torch.no_grad():
         analysis = _analyse("", module)
@@ -736,12 +747,12 @@ _converting = threading.local()
 
 
 def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
-    """Convert, as ``.half()`` and ``.to()`` do, without touching the model that shares the parameters.
+    """Convert, as ``.half()`` and ``.to()`` do, but not the model that shares the parameters.
 
-    torch converts a parameter by exchanging the data within it, which the other model would see, and
-    replaces a buffer, which it would not: it would be left half converted.
+    torch converts a parameter by exchanging the data within it, which the other model would see,
+    and replaces a buffer, which it would not: it would be left half converted.
     """
-    convert = stock_class(self)._apply
+    convert: Callable[..., nn.Module] = stock_class(self)._apply
     if getattr(_converting, "active", False):
         return convert(self, fn, *args, **kwargs)
     _converting.active = True
@@ -783,7 +794,7 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Set the training flag of every module for the block, without the side effects of ``train()``."""
+    """Set the training flag of every module for the block, and nothing else."""
     before = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in before:

@@ -1,8 +1,9 @@
-"""What the nodes of a fused graph call: the functional layer, with all that stock operators forgive.
+"""What the nodes of a fused graph call: the functional layer, as forgiving as stock operators are.
 
-`fused_resnet.functional` is strict: one shape, one dtype, [N, C, H, W]. Code that was written for stock
-torch may broadcast a residual, promote dtypes or leave out the batch dimension; here such a call is
-computed by the stock modules and operators, in the order and in the form in which it was written.
+`fused_resnet.functional` is strict: one shape, one dtype, [N, C, H, W]. Code that was written for
+stock torch may broadcast a residual, promote dtypes or leave out the batch dimension; here such a
+call is computed by the stock modules and operators, in the order and in the form in which it was
+written.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Act = nn.Module | Literal["relu"] | None
 #: How the sum was written: ``y + residual``, ``y += residual`` or ``residual += y``.
 Add = Literal["add", "iadd", "residual_iadd"]
 
-#: A pooling module, or (kernel, stride, padding) of a ``max_pool2d`` that was written as a function.
+#: A pooling module, or (kernel, stride, padding) of a ``max_pool2d`` that was written as a
+#: function.
 Pool = nn.Module | tuple[Any, Any, Any]
 
 _RELU = nn.ReLU()
@@ -38,18 +40,19 @@ def conv_bn_act(
     first_act: Act = None,
     add: Add = "add",
 ) -> Tensor:
-    """``act(first_act(bn(conv(x))) + residual)``, each part if given, fused as far as the tensors allow.
+    """``act(first_act(bn(conv(x))) + residual)``, each part if given, fused where tensors allow it.
 
     Args:
         x: [N, C, H, W]; anything else goes to the stock modules.
         conv: the convolution.
         bn: its norm, or None.
         act: activation at the end.
-        residual: added before ``act``; of any shape and dtype that adds to the convolution's result.
+        residual: added before ``act``; of any shape and dtype that adds to the convolution's
+            result.
         first_act: activation before the sum.
         add: which operand the sum was written into, if any.
     """
-    if isinstance(x, fx.Proxy):
+    if _is_traced(x):
         return _record(
             conv_bn_act, x, conv, bn, act, residual, **_given(first_act=first_act, add=add)
         )
@@ -89,7 +92,7 @@ def conv_bn_act_maxpool(
         act: activation before the pooling.
         pool: the pooling.
     """
-    if isinstance(x, fx.Proxy):
+    if _is_traced(x):
         return _record(conv_bn_act_maxpool, x, conv, bn, act, pool)
     pooling = _pool(*pool) if isinstance(pool, tuple) else pool
     if _is_fusable_input(x):
@@ -98,7 +101,7 @@ def conv_bn_act_maxpool(
 
 
 def add_relu(a: Any, b: Any, act: Act = "relu", *, inplace: bool = False) -> Tensor:
-    """``act(a + b)``; one pass over memory if both are tensors of one shape and dtype and act is a ReLU.
+    """``act(a + b)``; one pass over memory if both are alike and the activation is a ReLU.
 
     Args:
         a: first operand.
@@ -106,7 +109,7 @@ def add_relu(a: Any, b: Any, act: Act = "relu", *, inplace: bool = False) -> Ten
         act: the activation.
         inplace: whether the sum was written into ``a``.
     """
-    if isinstance(a, fx.Proxy) or isinstance(b, fx.Proxy):
+    if _is_traced(a) or _is_traced(b):
         return _record(add_relu, a, b, act, inplace=inplace)
     if (
         isinstance(a, Tensor)
@@ -126,6 +129,10 @@ def add_relu(a: Any, b: Any, act: Act = "relu", *, inplace: bool = False) -> Ten
 
 #: The functions above: calls of them in a graph are fused sites.
 FUNCTIONS = (conv_bn_act, conv_bn_act_maxpool, add_relu)
+
+
+def _is_traced(value: object) -> bool:
+    return isinstance(value, fx.Proxy)
 
 
 def _is_fusable_input(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Which nodes of a graph become one op: conv, batch norm, residual add, ReLU and max-pooling in a row.
+"""Which nodes of a graph become one op: conv, batch norm, add, ReLU and max-pooling in a row.
 
 A site is a chain of nodes in which each value has one consumer: the next node. It replaces
 
@@ -7,9 +7,10 @@ A site is a chain of nodes in which each value has one consumer: the next node. 
     conv (-> norm) -> ReLU -> max-pooling            conv_bn_act_maxpool
     add -> ReLU                                      add_relu
 
-Nothing that another part of the graph could observe may change. So no site is made where an in-place
-operation writes to memory that is read elsewhere, where an operand would be read later than before and
-is written to in between, or where a batch norm would update its statistics in another order.
+Nothing that another part of the graph could observe may change. So no site is made where an
+in-place operation writes to memory that is read elsewhere, where an operand would be read later
+than before and is written to in between, or where a batch norm would update its statistics in
+another order.
 """
 
 from __future__ import annotations
@@ -161,8 +162,8 @@ class _Matcher:
         self.result = Match()
 
     def run(self) -> Match:
-        # Where both operands of a sum are convolutions, the one that stands nearer to it in the code takes
-        # it in: the one within fewer submodules, then the later one.
+        # Where both operands of a sum are convolutions, the one that stands nearer to it in the
+        # code takes it in: the one within fewer submodules, then the later one.
         convs = [node for node in self.nodes if self.kind(node) == "conv"]
         for node in sorted(convs, key=lambda n: (len(n.meta["key"]), -self.order[n])):
             self.conv_site(node)
@@ -200,13 +201,13 @@ class _Matcher:
             and all(isinstance(a, fx.Node) for a in node.args)
             and node.args[0] is not node.args[1]
             and not set(node.kwargs) - {"alpha"}
-            and node.kwargs.get("alpha", 1) == 1
+            and node.kwargs.get("alpha", 1) in (1, 1.0)
         )
 
     # ----------------------------------------------------------------------------------- the chain
 
     def consumer(self, node: fx.Node) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
-        """The one consumer of node's value, and the identities on the way; None if there are more."""
+        """The one consumer of node's value, and identities on the way; None if there are more."""
         skipped: tuple[fx.Node, ...] = ()
         while len(node.users) == 1:
             (user,) = node.users
@@ -343,7 +344,7 @@ class _Matcher:
                 return "not a plain sum of two tensors"
             return "neither behind a convolution of its own nor before a ReLU"
         if not self.is_relu(node):
-            name = type(module).__name__ if module is not None else _name(node)
+            name = type(module).__name__ if module is not None else function_name(node)
             return f"{name} is no ReLU; it runs behind the fused rest"
         return f"not behind a convolution or a sum: {self.why_no_producer(source)}"
 
@@ -376,11 +377,11 @@ class _Matcher:
             return "the end of forward"
         if node.op == "call_module":
             return f"{stock_class(self.modules[str(node.target)]).__name__} {node.target}"
-        return _name(node)
+        return function_name(node)
 
 
 def pool_arguments(node: fx.Node) -> tuple[Any, Any, Any] | None:
-    """(kernel, stride, padding) of a call of ``max_pool2d``; None if it does more than a stem's pooling."""
+    """(kernel, stride, padding) of a call of ``max_pool2d``; None if it is given others."""
     names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     extras = given.get("dilation", 1), given.get("ceil_mode"), given.get("return_indices")
@@ -395,19 +396,21 @@ def pool_arguments(node: fx.Node) -> tuple[Any, Any, Any] | None:
     return values[0], values[1] or values[0], values[2] or 0
 
 
-def _name(node: fx.Node) -> str:
-    return str(node.target) if isinstance(node.target, str) else node.target.__name__
+def function_name(node: fx.Node) -> str:
+    """The name of the function or method that ``node`` calls."""
+    return node.target if isinstance(node.target, str) else node.target.__name__
 
 
 def _names(found: Any) -> str:
     return ", ".join("the result" if n.op == "output" else n.name for n in found)
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Memory: who may share storage with whom, and who writes.
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 _FRESH_MODULES = (_ConvNd, _NormBase, nn.GroupNorm, nn.Linear, nn.MaxPool2d, nn.AvgPool2d)
+_FRESH_METHODS = ("add", "clone", "div", "mean", "mul", "relu", "sigmoid", "sub", "sum", "tanh")
 _FRESH_FUNCTIONS = frozenset(
     {
         operator.add,
@@ -427,11 +430,20 @@ _FRESH_FUNCTIONS = frozenset(
 )
 _INPLACE_FUNCTIONS = frozenset(
     {
-        getattr(operator, name)
-        for name in "iadd iand iconcat ifloordiv ilshift imatmul imod imul ior ipow irshift isub "
-        "itruediv ixor setitem".split()
+        operator.iadd,
+        operator.iand,
+        operator.ifloordiv,
+        operator.imatmul,
+        operator.imod,
+        operator.imul,
+        operator.ior,
+        operator.ipow,
+        operator.isub,
+        operator.itruediv,
+        operator.ixor,
+        operator.setitem,
+        torch.relu_,
     }
-    | {torch.relu_}
 )
 
 
@@ -442,12 +454,14 @@ class _Memory:
         self.modules = modules
         self.nodes = nodes
         self.order = {node: i for i, node in enumerate(nodes)}
-        # The nodes in whose memory a value may lie; placeholders and parameters stand for the outside.
+        # The nodes in whose memory a value may lie; placeholders and parameters stand for the
+        # outside.
         self.origins: dict[fx.Node, frozenset[fx.Node]] = {}
         for node in nodes:
             inherited: frozenset[fx.Node] = frozenset()
             if not self.is_fresh(node):
-                # An in-place operation returns what it wrote to; anything else may return any argument.
+                # An in-place operation returns what it wrote to; anything else may return any
+                # argument.
                 writes = node.op in ("call_function", "call_method") and self.written(node)
                 sources = writes or node.all_input_nodes
                 inherited = inherited.union(*(self.origins[a] for a in sources))
@@ -462,7 +476,7 @@ class _Memory:
             inplace = getattr(module, "inplace", False)
             return isinstance(module, (*_FRESH_MODULES, nn.ReLU)) and not inplace
         if node.op == "call_method":
-            return node.target in ("add", "relu", "mul", "sub", "clone")
+            return node.target in _FRESH_METHODS
         if node.target is F.relu:
             return not (node.kwargs.get("inplace", False) or any(a is True for a in node.args))
         return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
@@ -535,7 +549,7 @@ class _Memory:
     def seen_elsewhere(
         self, writer: fx.Node, target: fx.Node, members: set[fx.Node], end: int
     ) -> str | None:
-        """Who could see, before position ``end``, that ``writer`` does not write to ``target`` any more."""
+        """Who could see, before ``end``, that ``writer`` no longer writes to ``target``."""
         if end == len(self.nodes) and self.is_outside(target):
             return f"{writer.name} writes into memory that the caller or a parameter has"
         position = self.order[writer]

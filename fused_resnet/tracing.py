@@ -1,9 +1,10 @@
 """One module's forward as a graph, or a clear reason why it cannot be one.
 
-torch.fx calls ``forward`` once with proxies and records what happens to them. What it cannot see it bakes
-in or drops without a word: default arguments, ``isinstance`` of an input, random numbers, ``no_grad``,
-values that forward keeps on the module. The tracer here either records such things, states them as
-conditions under which the graph holds (`Trace.fixed`, `Trace.tensors`), or refuses with `Untraceable`.
+torch.fx calls ``forward`` once with proxies and records what happens to them. What it cannot see it
+bakes in or drops without a word: default arguments, ``isinstance`` of an input, random numbers,
+``no_grad``, values that forward keeps on the module. The tracer here either records such things,
+states them as conditions under which the graph holds (`Trace.fixed`, `Trace.tensors`), or refuses
+with `Untraceable`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import operator
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -25,7 +27,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-#: Position of a call: its number within each frame (call of a module that was traced into) on the way.
+#: Position of a call: its number within each frame (call of a module that was traced into) on the
+#: way.
 Key = tuple[int, ...]
 
 
@@ -58,9 +61,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether calls of ``module`` stand in a graph as they are: torch's own modules and what derives from
-    convolutions and norms.
-    """
+    """Whether calls of ``module`` stand in a graph as they are, and no one looks inside."""
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return False
     cls = stock_class(module)
@@ -79,8 +80,8 @@ class Frame:
     Attributes:
         path: of the module.
         module: the module.
-        plain: whether it takes tensors or constants and returns one tensor; containers of tensors can
-            only be traced through.
+        plain: whether it takes tensors or constants and returns one tensor; containers of tensors
+            can only be traced through.
     """
 
     path: str
@@ -100,7 +101,8 @@ class Trace:
         inputs: names of the arguments that the graph takes.
         fixed: arguments with defaults: the graph holds where they keep them.
         tensors: inputs that must be tensors, since forward asked.
-        structure: of the returned value; the graph returns its leaves, or the value if this is None.
+        structure: of the returned value; the graph returns its leaves, or the value if this is
+            None.
     """
 
     graph: fx.Graph
@@ -132,22 +134,42 @@ def trace(module: nn.Module, inline: Callable[[Key], bool] = lambda key: True) -
         except Untraceable:
             raise
         except Exception as e:
-            reason = str(e).strip().split("\n")[0]
-            raise Untraceable(f"{type(e).__name__} in symbolic tracing: {reason}") from e
+            raise Untraceable(_reason(e)) from e
         finally:
             tracer.restore_globals()
     return tracer.result
+
+
+def _reason(e: Exception) -> str:
+    """The first sentence of an error's message."""
+    if isinstance(e, Untraceable):
+        return str(e)
+    message = re.split(r"\n|(?<=\w)\. ", str(e).strip(), maxsplit=1)[0]
+    return f"{type(e).__name__}: {message}"
 
 
 _lock = threading.RLock()
 
 #: Functions that make a tensor of no tensor: recorded, since they must run anew at each call.
 _FACTORIES = frozenset(
-    getattr(torch, name)
-    for name in (
-        "arange bernoulli empty empty_strided eye full linspace logspace multinomial normal ones rand "
-        "randint randn randperm scalar_tensor tensor tril_indices triu_indices zeros"
-    ).split()
+    {
+        torch.arange,
+        torch.bernoulli,
+        torch.empty,
+        torch.eye,
+        torch.full,
+        torch.linspace,
+        torch.logspace,
+        torch.normal,
+        torch.ones,
+        torch.rand,
+        torch.randint,
+        torch.randn,
+        torch.randperm,
+        torch.scalar_tensor,
+        torch.tensor,
+        torch.zeros,
+    }
 )
 
 #: Leaves that return a tensor whenever they return at all.
@@ -163,8 +185,9 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, inline: Callable[[Key], bool]) -> None:
-        # Wrapping the functions of math, which torch.fx does by default, takes longer than most traces.
-        super().__init__(autowrap_modules=())
+        # Wrapping the functions of math, which torch.fx does by default, takes longer than most
+        # traces.
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self._inline = inline
         self._frame: Key = ()
         self._next = [0]
@@ -172,7 +195,7 @@ class _Tracer(fx.Tracer):
         self._context = _context()
         self.result = Trace(fx.Graph())
 
-    # ---------------------------------------------------------------------- arguments and the result
+    # --------------------------------------------------------------------- arguments and the result
 
     def create_args_for_root(
         self,
@@ -211,7 +234,7 @@ class _Tracer(fx.Tracer):
 
         return forward, [self.root]
 
-    # --------------------------------------------------------------------------- calls and positions
+    # -------------------------------------------------------------------------- calls and positions
 
     def _position(self) -> Key:
         self._next[-1] += 1
@@ -248,10 +271,7 @@ class _Tracer(fx.Tracer):
                 self.result.frames[key] = Frame(path, m, plain)
                 return value
             except Exception as e:
-                reason = str(e).strip().split("\n")[0]
-                self.result.opaque[key] = (
-                    reason if isinstance(e, Untraceable) else f"{type(e).__name__}: {reason}"
-                )
+                self.result.opaque[key] = _reason(e)
                 self._forget_after(last, key)
         proxy = self.create_proxy("call_module", path, args, kwargs)
         proxy.node.meta["key"] = key
@@ -281,7 +301,7 @@ class _Tracer(fx.Tracer):
             self.graph.erase_node(node)
         for calls in (self.result.frames, self.result.opaque):
             for other in [k for k in calls if k[: len(key)] == key and k != key]:
-                del calls[other]  # type: ignore[attr-defined]
+                del calls[other]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         # No cache: a node that it holds may have been erased.
@@ -290,15 +310,15 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, dict | list) and type(a) not in (dict, list, *_IMMUTABLE):
             raise Untraceable(f"it passes a {type(a).__name__} on")
-        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
-            if not any(a is b for b in self.root.buffers()) and a not in self.tensor_attrs:
-                raise Untraceable("it makes a tensor while it is traced")
+        known = (*self.root.parameters(), *self.root.buffers()) if isinstance(a, Tensor) else ()
+        if isinstance(a, Tensor) and not any(a is b for b in known) and a not in self.tensor_attrs:
+            raise Untraceable("it makes a tensor while it is traced")
         return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
-    # -------------------------------------------------------------------------- isinstance of proxies
+    # ------------------------------------------------------------------------ isinstance of proxies
 
     def _watch_globals(self, function: Any) -> None:
         """Have calls of ``isinstance`` in the file of ``function`` answered by `_isinstance`."""
@@ -321,11 +341,11 @@ class _Tracer(fx.Tracer):
             return builtins.isinstance(value, classes)
         node = value.node
         if node.op == "placeholder":
-            self.result.tensors.add(node.target)
+            self.result.tensors.add(str(node.target))
         elif (
             not (
                 node.op == "call_module"
-                and builtins.isinstance(self.root.get_submodule(node.target), _TENSOR_LEAVES)
+                and builtins.isinstance(self.root.get_submodule(str(node.target)), _TENSOR_LEAVES)
             )
             and node.target not in _TENSOR_FUNCTIONS
         ):
@@ -358,7 +378,7 @@ def _has_proxy(values: Any) -> bool:
 
 
 class _RecordFactories(TorchFunctionMode):
-    """Records what makes a tensor of nothing, and refuses what computes on tensors behind the graph's back."""
+    """Records what makes a tensor of nothing; refuses what computes behind the graph's back."""
 
     def __init__(self, tracer: _Tracer) -> None:
         super().__init__()
@@ -370,15 +390,13 @@ class _RecordFactories(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _FACTORIES:
             return self._tracer.create_proxy("call_function", func, args, kwargs)
-        if not _has_proxy(args) and not _has_proxy(kwargs.values()):
-            if any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
-                raise Untraceable(
-                    f"it uses {getattr(func, '__name__', func)} on a tensor that is no input"
-                )
+        values = (*args, *kwargs.values())
+        if not _has_proxy(values) and any(isinstance(a, Tensor) for a in values):
+            name = getattr(func, "__name__", func)
+            raise Untraceable(f"it uses {name} on a tensor that is no input")
         return func(*args, **kwargs)
 
-
-# ------------------------------------------------------------------------------------- no side effects
+    # ------------------------------------------------------------------------------ no side effects
 
 
 def _contents(value: Any) -> Any:
@@ -388,7 +406,7 @@ def _contents(value: Any) -> Any:
 
 @contextmanager
 def _unchanged(root: nn.Module) -> Iterator[None]:
-    """Undo, and refuse, every change to attributes of ``root`` and its submodules within the block."""
+    """Undo, and refuse, every change to attributes of ``root`` and of what is below it."""
     before = [
         (m, dict(vars(m)), {k: c for k, v in vars(m).items() if (c := _contents(v)) is not None})
         for m in root.modules()
