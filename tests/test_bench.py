@@ -257,6 +257,17 @@ def test_a_probe_measures_in_a_process_of_its_own(task):
     assert found.peak_memory is None or found.peak_memory > 64 * 16 * 32 * 32 * 4
 
 
+def test_the_peak_outlives_what_was_freed():
+    cpu, size = torch.device("cpu"), 200_000_000
+    before = probe._reset_peak(cpu)
+    if before is None:
+        pytest.skip("this system does not let a process reset its peak memory")
+    torch.ones(size, dtype=torch.uint8)
+    assert probe._peak(cpu)[0] - before > 0.9 * size
+    again = probe._reset_peak(cpu)
+    assert probe._peak(cpu)[0] - again < 0.1 * size
+
+
 def test_a_probe_that_fails_says_why(task, tmp_path, monkeypatch):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho Traceback >&2\necho 'OSError: out of luck' >&2\nexit 1\n")
