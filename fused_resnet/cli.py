@@ -231,9 +231,9 @@ def explain(
         b = _one("--batch", _batches(batch) or (1,))
         stock = zoo.converted(network, d, where, channels_last=True)
         example = torch.zeros(b, 3, network.size, network.size, dtype=d, device=where)
-        table = run_explain(stock, example)
+        table = run_explain(zoo.fused(model, stock), example)
         out.print(str(table), markup=False, soft_wrap=True)
-        write({"model": model, **table.to_dict()})
+        write({**table.to_dict(), "model": model})
 
 
 @app.command()
