@@ -1,0 +1,118 @@
+"""What certificates cover: every launch that the heuristic can return for ResNet layers, per GPU.
+
+Nothing here runs a kernel. A case is compiled ahead of time by ``launch.compile_for`` and judged from
+its machine code; whatever is concluded from that is *predicted*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fused_resnet.problem import AddReluProblem, ConvProblem, MaxPool
+
+from .config import ARCHS, Arch, Config, heuristic, stem_pool_tile
+from .launch import Launch
+from .plans import add_relu_launch, conv_launches, mean_launch, pad_launch, stem_pool_launch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch of one problem on one GPU; ``config`` is None where there is nothing to choose."""
+
+    problem: ConvProblem | AddReluProblem | str
+    arch: Arch
+    launch: Launch
+    config: Config | None = None
+    precision: str = "tf32"
+
+
+def resnet_problems(depth: int, n: int, dtype: torch.dtype, size: int = 224) -> list[ConvProblem]:
+    """The distinct convolutions of torchvision's ResNet-18 or ResNet-50 with their fused epilogues."""
+    if depth not in (18, 50):
+        raise ValueError(f"layers are listed for ResNet-18 and ResNet-50, not ResNet-{depth}")
+
+    def conv(
+        c: int, hw: int, k: int, r: int, stride: int, epilogue: str, pool: MaxPool | None = None
+    ) -> ConvProblem:
+        return ConvProblem(
+            n, c, hw, hw, k, r, r, (stride, stride), (r // 2, r // 2), (1, 1), 1, epilogue, dtype,
+            pool=pool,
+        )  # fmt: skip
+
+    problems = [
+        conv(3, size, 64, 7, 2, "relu", MaxPool((3, 3), (2, 2), (1, 1))),
+        conv(3, size, 64, 7, 2, "relu"),
+    ]
+    c, hw = 64, size // 4
+    for stage, blocks in enumerate({18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}[depth]):
+        width = 64 << stage
+        for block in range(blocks):
+            stride = 2 if stage and not block else 1
+            out = hw // stride
+            if depth == 18:
+                body = [
+                    conv(c, hw, width, 3, stride, "relu"),
+                    conv(width, out, width, 3, 1, "add_relu"),
+                ]
+            else:
+                body = [
+                    conv(c, hw, width, 1, 1, "relu"),
+                    conv(width, hw, width, 3, stride, "relu"),
+                    conv(width, out, 4 * width, 1, 1, "add_relu"),
+                ]
+            k = body[-1].k
+            if stride != 1 or c != k:
+                body.append(conv(c, hw, k, 1, stride, "none"))
+            problems += body
+            c, hw = k, out
+    return list(dict.fromkeys(problems))
+
+
+def precisions(dtype: torch.dtype) -> tuple[str, ...]:
+    """Modes of a dtype: fp32 has two."""
+    return ("tf32", "ieee") if dtype == torch.float32 else ("tf32",)
+
+
+def conv_cases(problem: ConvProblem, arch: Arch, precision: str) -> Iterator[Case]:
+    """The launches that the heuristic's choice for a convolution makes."""
+    if problem.pool is not None:
+        tile = stem_pool_tile(problem.dtype, precision)
+        yield Case(problem, arch, stem_pool_launch(problem, tile, arch, precision), None, precision)
+        return
+    config = heuristic(problem, arch, precision)
+    for launch in conv_launches(problem, config, arch, precision):
+        yield Case(problem, arch, launch, config, precision)
+
+
+def cases(
+    archs: Iterable[Arch] = ARCHS,
+    depths: Iterable[int] = (18, 50),
+    batches: Iterable[int] = (1, 32, 256),
+    dtypes: Iterable[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32),
+) -> list[Case]:
+    """Every case, one for each distinct machine code: launches that differ in the grid are one."""
+    distinct: dict[object, Case] = {}
+
+    def add(case: Case) -> None:
+        launch = case.launch
+        code = launch.kernel.fn, launch.signature, launch.constants, launch.options, case.arch
+        distinct.setdefault(code, case)
+
+    depths, batches, dtypes = tuple(depths), tuple(batches), tuple(dtypes)
+    for arch in archs:
+        for dtype in dtypes:
+            for depth in depths:
+                for n in batches:
+                    for problem in resnet_problems(depth, n, dtype):
+                        for precision in precisions(dtype):
+                            for case in conv_cases(problem, arch, precision):
+                                add(case)
+            flat = AddReluProblem((32, 256, 56, 56), dtype, False, True)
+            add(Case(flat, arch, add_relu_launch(flat)))
+            add(Case("global average pool 2048 7x7", arch, mean_launch(32, 2048, 49, dtype)))
+            image = pad_launch((32, 3, 224, 224), (224, 224, 4), torch.uint8, dtype, 32 * 3 * 224**2, True)
+            add(Case("uint8 image to channels_last", arch, image))
+    return list(distinct.values())
