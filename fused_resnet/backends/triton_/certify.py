@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from triton.backends.compiler import GPUTarget
 
+from fused_resnet.certify import Certificate
 from fused_resnet.problem import AddReluProblem, ConvProblem, MaxPool
 
-from .config import ARCHS, Arch, Config, heuristic, stem_pool_tile
-from .launch import Launch
+from .config import ARCHS, MIN_SHARE, Arch, Config, heuristic, stem_pool_tile
+from .launch import Launch, compile_for
 from .plans import add_relu_launch, conv_launches, mean_launch, pad_launch, stem_pool_launch
+from .reduce import reduce_kernel
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,56 @@ def cases(
             flat = AddReluProblem((32, 256, 56, 56), dtype, False, True)
             add(Case(flat, arch, add_relu_launch(flat)))
             add(Case("global average pool 2048 7x7", arch, mean_launch(32, 2048, 49, dtype)))
-            image = pad_launch((32, 3, 224, 224), (224, 224, 4), torch.uint8, dtype, 32 * 3 * 224**2, True)
+            image = pad_launch(
+                (32, 3, 224, 224), (224, 224, 4), torch.uint8, dtype, 32 * 3 * 224**2, True
+            )
             add(Case("uint8 image to channels_last", arch, image))
     return list(distinct.values())
+
+
+def compile_case(case: Case) -> Any:
+    """The compiled kernel of a case: a ``triton.compiler.CompiledKernel``; needs no GPU."""
+    return compile_for(case.launch, GPUTarget("cuda", case.arch.capability, 32))
+
+
+def complaints(case: Case, certificate: Certificate) -> list[str]:
+    """What of the space's promises this machine code does not keep; empty is good.
+
+    Only what the code itself says and the loop model predicts; nothing is timed.
+    """
+    found = []
+    if certificate.spills:
+        found.append("it uses local memory")
+    if not certificate.fits:
+        found.append(f"a block does not fit: {certificate.shared} bytes of shared memory")
+    if not isinstance(case.problem, ConvProblem) or case.launch.kernel is reduce_kernel:
+        return found
+    for opcode in ("LDGSTS", "STG"):
+        if any(width != 16 for width in certificate.widths(opcode)):
+            found.append(f"{opcode} moves {certificate.widths(opcode)} bytes a thread")
+    full_precision = case.problem.dtype == torch.float32 and case.precision == "ieee"
+    kinds = {"mma": "mma.sync", "wgmma": "wgmma", "tcgen05": "tcgen05"}
+    kind = "fp32" if full_precision else kinds[case.arch.family]
+    if certificate.tensor_kind != kind:
+        found.append(f"it multiplies by {certificate.tensor_kind}, not {kind}")
+    loop = certificate.loop
+    if loop is None:
+        return [*found, "it has no main loop"]
+    if not loop.async_copies:
+        found.append("no asynchronous copies feed the main loop")
+    if loop.wgmma_waited_at_once:
+        found.append("wgmma is waited for at once")
+    if loop.divisions:
+        found.append(f"{loop.divisions} integer divisions in the main loop")
+    if is_large(case.problem) and not full_precision and (loop.share or 0) < MIN_SHARE:
+        found.append(f"predicted share {loop.share} of the tensor rate, bound by {loop.limiter}")
+    tile = case.config.tile if case.config is not None else None
+    if tile is not None and certificate.occupancy.blocks < tile.resident:
+        found.append(f"{certificate.occupancy.blocks} blocks per SM, not {tile.resident}")
+    return found
+
+
+def is_large(problem: ConvProblem) -> bool:
+    """Whether the GEMM of a layer is at least 128 deep and 128 wide."""
+    depth = problem.c // problem.groups * problem.r * problem.s
+    return min(depth, problem.k) >= 128

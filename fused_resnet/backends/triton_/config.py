@@ -114,7 +114,7 @@ _WGMMA16_CONV = (
     Tile(128, 32, 32, 4, 4, share=0.33, resident=3),
 )
 _TCGEN16_GEMM = (
-    Tile(128, 256, 64, 8, 3, parts=2, share=1.00),
+    Tile(128, 256, 64, 8, 3, parts=4, share=1.00),
     Tile(128, 128, 64, 8, 4, parts=2, share=1.00),
     Tile(64, 128, 64, 4, 4, share=1.00),
     Tile(128, 64, 64, 8, 4, share=1.00),
@@ -177,8 +177,9 @@ def _space(family: str, kind: str, path: str) -> tuple[Tile, ...]:
 
 def stem_pool_tile(dtype: torch.dtype, precision: str) -> Tile:
     """Tile of the stem with max-pool: BLOCK_M conv columns, of which BLOCK_M / 2 - 1 are pooled."""
-    kind = "16" if dtype != torch.float32 else precision
-    return _space("", kind, "rows")[0]
+    if dtype == torch.float32 and precision == "ieee":
+        return _ROWS_IEEE[0]
+    return Tile(128, 64, 128 // dtype.itemsize, 8, 3, share=0.57, resident=2)
 
 
 #: Predicted share of the tensor rate that tiles of layers with K >= 128 must reach.
@@ -227,9 +228,7 @@ def configs(problem: ConvProblem, arch: Arch, precision: str) -> Iterator[Config
         yield from _path_configs(problem, arch, path, precision)
 
 
-def _path_configs(
-    problem: ConvProblem, arch: Arch, path: str, precision: str
-) -> Iterator[Config]:
+def _path_configs(problem: ConvProblem, arch: Arch, path: str, precision: str) -> Iterator[Config]:
     """``configs`` of one path."""
     item = problem.dtype.itemsize
     merged = merged_groups(problem) if path == "conv" else 1
@@ -274,9 +273,7 @@ def heuristic(problem: ConvProblem, arch: Arch, precision: str) -> Config:
     )
 
 
-def predicted_cycles(
-    config: Config, problem: ConvProblem, arch: Arch, precision: str
-) -> float:
+def predicted_cycles(config: Config, problem: ConvProblem, arch: Arch, precision: str) -> float:
     """Cycles by waves: the busiest SM's programs, each bound by tensor cores or by L2 bandwidth.
 
     A *prediction* that ranks configurations of one problem; it is not a time.

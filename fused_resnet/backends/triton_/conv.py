@@ -146,9 +146,7 @@ def conv_kernel(
     if WIDE:
         n = n.to(tl.int64)
     m = n * oh * ow
-    tile_m, tile_n = grouped_tile(
-        tl.program_id(0), tl.cdiv(m, BLOCK_M), TILES_N * GROUPS, GROUP_M
-    )
+    tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(m, BLOCK_M), TILES_N * GROUPS, GROUP_M)
     group = tile_n // TILES_N
     col0 = group * K + tile_n % TILES_N * BLOCK_N  # first output channel of the tile
     col_end = group * K + K
@@ -191,6 +189,4 @@ def conv_kernel(
                 acc = tl.where(mine[None, :], alone, acc)
     if SPLIT_K > 1:
         y += tl.program_id(1) * m * KT
-    store_tile(
-        acc, scale, shift, residual, y, rows, m, col0, col_end, KT, EVEN_N, EPILOGUE, PARTS
-    )
+    store_tile(acc, scale, shift, residual, y, rows, m, col0, col_end, KT, EVEN_N, EPILOGUE, PARTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
@@ -24,7 +25,9 @@ def refusal(dtype: torch.dtype, device: torch.device) -> str | None:
     if dtype not in DTYPES:
         return f"{dtype} is not among float32, float16 and bfloat16"
     if device.type == "cpu":
-        return None if INTERPRETING else "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1)"
+        return (
+            None if INTERPRETING else "CPU tensors need Triton's interpreter (TRITON_INTERPRET=1)"
+        )
     if device.type != "cuda":
         return f"no Triton kernels for {device.type} devices"
     if torch.version.hip is not None:
@@ -35,9 +38,9 @@ def refusal(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def arch_of(device: torch.device) -> Arch:
-    """Architecture of a device; the interpreter takes the configurations of an A100."""
+    """Architecture of a device; the interpreter is an A100 of one SM, which favours large tiles."""
     if device.type == "cpu":
-        return ARCHS[0]
+        return dataclasses.replace(ARCHS[0], sms=1)
     return _cuda_arch(torch.cuda.current_device() if device.index is None else device.index)
 
 

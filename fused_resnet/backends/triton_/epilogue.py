@@ -88,9 +88,37 @@ def store_tile(
     """
     if PARTS > 1:
         left, right = column_halves(acc)
-        store_tile(left, scale, shift, residual, y, rows, m, col0, col_end, LD, EVEN_N, EPILOGUE, PARTS // 2)
+        store_tile(
+            left,
+            scale,
+            shift,
+            residual,
+            y,
+            rows,
+            m,
+            col0,
+            col_end,
+            LD,
+            EVEN_N,
+            EPILOGUE,
+            PARTS // 2,
+        )
         col1 = col0 + left.shape[1]
-        store_tile(right, scale, shift, residual, y, rows, m, col1, col_end, LD, EVEN_N, EPILOGUE, PARTS // 2)
+        store_tile(
+            right,
+            scale,
+            shift,
+            residual,
+            y,
+            rows,
+            m,
+            col1,
+            col_end,
+            LD,
+            EVEN_N,
+            EPILOGUE,
+            PARTS // 2,
+        )
     else:
         cols = col0 + tl.arange(0, acc.shape[1])
         offsets = rows[:, None] * LD + cols[None, :]

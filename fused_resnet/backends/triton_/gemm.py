@@ -71,7 +71,9 @@ def gemm_kernel(
 
 
 @triton.jit
-def _store_boxes(acc, scale, shift, residual, y, row0, col0, K: tl.constexpr, EPILOGUE: tl.constexpr):
+def _store_boxes(
+    acc, scale, shift, residual, y, row0, col0, K: tl.constexpr, EPILOGUE: tl.constexpr
+):
     """``store_tile`` through descriptors, in column blocks as wide as y's box; TMA clips the edges."""
     if acc.shape[1] > y.block_shape[1]:
         left, right = column_halves(acc)

@@ -40,6 +40,7 @@ def pad_kernel(
     stride_w,
     C: tl.constexpr,
     CP: tl.constexpr,
+    TILE_C: tl.constexpr,
     NORMALISE: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
@@ -47,9 +48,8 @@ def pad_kernel(
     """x [n, C, h, w] of any strides -> y [n, hp, wp, CP], x's pixel (0, 0) at (top, left).
 
     y = x * factor + offset per channel (fp32) with NORMALISE, x otherwise; zero in the border and in
-    channels from C on. ``pixels`` = n * hp * wp. Grid (blocks of BLOCK pixels times tiles of channels).
+    channels from C on. ``pixels`` = n * hp * wp. Grid (blocks of BLOCK pixels times tiles of TILE_C channels).
     """
-    TILE_C: tl.constexpr = CP if CP < 64 else 64
     TILES: tl.constexpr = (CP + TILE_C - 1) // TILE_C
     block = tl.program_id(0) // TILES
     if WIDE:
@@ -76,7 +76,9 @@ def pad_kernel(
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def mean_kernel(x, y, pixels, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
+def mean_kernel(
+    x, y, pixels, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr
+):
     """x [n, pixels, C] -> y [n, C], the mean over pixels, summed in fp32. Grid (n, tiles of C)."""
     image = tl.program_id(0)
     if WIDE:

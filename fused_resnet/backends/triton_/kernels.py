@@ -38,15 +38,17 @@ class _TritonConvolution(PackedKernel):
 
     backend: ClassVar[str] = "triton"
 
+    def promising(self, problem: ConvProblem, device: torch.device) -> bool:
+        """On a GPU; the interpreter is for tests."""
+        return device.type == "cuda"
+
     def __init__(self, arch: Arch | None = None) -> None:
         super().__init__()
         self._arch = arch
         self._paths: dict[tuple[ConvProblem, torch.device, str], Path] = {}
 
     @abstractmethod
-    def _make(
-        self, problem: ConvProblem, arch: Arch, precision: str, device: torch.device
-    ) -> Path:
+    def _make(self, problem: ConvProblem, arch: Arch, precision: str, device: torch.device) -> Path:
         """The path for a problem; ``device`` is current."""
 
     def _path(self, problem: ConvProblem, device: torch.device) -> Path:
@@ -117,9 +119,7 @@ class TritonConv(_TritonConvolution):
             return "filters larger than 16 are not supported"
         return refusal(problem.dtype, device)
 
-    def _make(
-        self, problem: ConvProblem, arch: Arch, precision: str, device: torch.device
-    ) -> Path:
+    def _make(self, problem: ConvProblem, arch: Arch, precision: str, device: torch.device) -> Path:
         return make_path(problem, heuristic(problem, arch, precision), arch, precision, device)
 
 
@@ -142,9 +142,7 @@ class TritonStemPool(_TritonConvolution):
             return "only ungrouped, undilated convolutions of up to 8 channels are pooled at once"
         return refusal(problem.dtype, device)
 
-    def _make(
-        self, problem: ConvProblem, arch: Arch, precision: str, device: torch.device
-    ) -> Path:
+    def _make(self, problem: ConvProblem, arch: Arch, precision: str, device: torch.device) -> Path:
         tile = stem_pool_tile(problem.dtype, precision)
         return StemPoolPath(problem, tile, arch, precision, device)
 
@@ -161,6 +159,10 @@ class TritonAddRelu(Kernel):
         if not problem.same_dense_strides:
             return "a and b do not lie alike in dense memory"
         return refusal(problem.dtype, device)
+
+    def promising(self, problem: AddReluProblem, device: torch.device) -> bool:
+        """On a GPU; the interpreter is for tests."""
+        return device.type == "cuda"
 
     def run(self, problem: AddReluProblem, a: Tensor, b: Tensor) -> Tensor:
         """relu(a + b), written to a with ``problem.inplace``."""

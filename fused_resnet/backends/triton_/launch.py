@@ -69,7 +69,9 @@ def compile_for(launch: Launch, target: GPUTarget) -> Any:
     Triton itself. The grid and unaligned sizes are not part of the code.
     """
     kernel = launch.kernel
-    signature = {name: kind.rstrip("?") for name, kind in launch.signature} | {name: "constexpr" for name, _ in launch.constants}
+    signature = {name: kind.rstrip("?") for name, kind in launch.signature} | {
+        name: "constexpr" for name, _ in launch.constants
+    }
     names = kernel.arg_names
     if set(signature) != set(names):
         raise ValueError(f"{kernel.fn.__name__} takes {names}, not {list(signature)}")

@@ -75,9 +75,7 @@ def padded_image(
     y = torch.empty((n, hp, wp, cp), dtype=dtype, device=x.device)
     factor, offset = affine if affine is not None else (y, y)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    start = _pad_start(
-        tuple(x.shape), padded, x.dtype, dtype, extent, affine is not None, x.device
-    )
+    start = _pad_start(tuple(x.shape), padded, x.dtype, dtype, extent, affine is not None, x.device)
     with on_device(x.device):
         start(
             x, factor, offset, y, n * hp * wp, h, w, hp, wp, origin[0], origin[1], *x.stride()

@@ -249,9 +249,7 @@ def pool_strip(problem: ConvProblem, tile: Tile, arch: Arch) -> int:
     return 2
 
 
-def stem_pool_launch(
-    problem: ConvProblem, tile: Tile, arch: Arch, precision: str
-) -> Launch:
+def stem_pool_launch(problem: ConvProblem, tile: Tile, arch: Arch, precision: str) -> Launch:
     """The fused stem: convolution, affine, ReLU and 3x3 max-pool of stride 2."""
     rows = rows_layout(problem, tile.block_k)
     n, k, ph, pw = problem.out_shape
@@ -266,14 +264,16 @@ def stem_pool_launch(
         "PRECISION": precision,
         "WIDE": is_wide(n * rows.hp * rows.wp * rows.cp, n * ph * pw * k),
     }
-    strips = math.ceil(ph / pool_strip(problem, tile, arch)) * math.ceil(pw / (tile.block_m // 2 - 1))
+    strips = math.ceil(ph / pool_strip(problem, tile, arch)) * math.ceil(
+        pw / (tile.block_m // 2 - 1)
+    )
     grid = (strips, math.ceil(k / tile.block_n), n)
     return _launch(stem_pool_kernel, signature, constants, tile, grid)
 
 
-#: Pixels of one program of ``pad_kernel``, pixels and channels of one of ``mean_kernel``, and elements
+#: Elements of one program of ``pad_kernel``, pixels and channels of one of ``mean_kernel``, and elements
 #: of one of ``add_relu_kernel``: 16 bytes a thread and more.
-_PAD_PIXELS, _MEAN_TILE, _FLAT = 256, (32, 64), 2048
+_PAD_ELEMENTS, _MEAN_TILE, _FLAT = 2048, (32, 64), 2048
 _PLAIN = Tile(0, 0, 0, 4, 1)
 
 
@@ -300,10 +300,16 @@ def pad_launch(
     )  # fmt: skip
     wide = is_wide(extent, n * hp * wp * cp)
     signature += [(name, "i64" if wide else "i32") for name in names]
+    tile_c = min(1 << (cp - 1).bit_length(), 64)
     constants = {
-        "C": c, "CP": cp, "NORMALISE": normalise, "BLOCK": _PAD_PIXELS if cp <= 8 else 32, "WIDE": wide,
-    }  # fmt: skip
-    blocks = math.ceil(n * hp * wp / constants["BLOCK"]) * math.ceil(cp / 64)
+        "C": c,
+        "CP": cp,
+        "TILE_C": tile_c,
+        "NORMALISE": normalise,
+        "BLOCK": _PAD_ELEMENTS // tile_c,
+        "WIDE": wide,
+    }
+    blocks = math.ceil(n * hp * wp / constants["BLOCK"]) * math.ceil(cp / tile_c)
     return _launch(pad_kernel, signature, constants, _PLAIN, (blocks, 1, 1))
 
 
@@ -323,4 +329,3 @@ def add_relu_launch(problem: AddReluProblem, aligned: bool = True) -> Launch:
     signature = [("a", kind), ("b", kind), ("y", kind), ("size", "i64" if wide else "i32")]
     constants = {"BLOCK": _FLAT, "WIDE": wide}
     return _launch(add_relu_kernel, signature, constants, _PLAIN, (math.ceil(size / _FLAT), 1, 1))
-

@@ -41,4 +41,18 @@ def reduce_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for z in tl.static_range(SPLIT_K):
         acc += tl.load(partial + z * m * K + offsets, mask=inside, other=0.0)
-    store_tile(acc, scale, shift, residual, y, rows.to(m.dtype), m, col0, K, K, K % BLOCK_N == 0, EPILOGUE, 1)
+    store_tile(
+        acc,
+        scale,
+        shift,
+        residual,
+        y,
+        rows.to(m.dtype),
+        m,
+        col0,
+        K,
+        K,
+        K % BLOCK_N == 0,
+        EPILOGUE,
+        1,
+    )

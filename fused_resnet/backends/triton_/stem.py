@@ -46,7 +46,8 @@ def _accumulate_rows(
     ROWS: tl.constexpr = BLOCK_K // SEG  # filter rows per slice
     ks = tl.arange(0, BLOCK_K)
     acc = tl.zeros((x_ptrs.shape[0], BLOCK_N), tl.float32)
-    for first in tl.range(0, R, ROWS, num_stages=STAGES):
+    # A bound that the compiler cannot see keeps the loop rolled: unrolled, it takes all registers.
+    for first in tl.range(0, tl.minimum(R, row_stride), ROWS, num_stages=STAGES):
         if EXACT:
             real = (ks % SEG < RUN) & (first + ks // SEG < R)
             a = tl.load(x_ptrs, mask=real[None, :], other=0.0)
@@ -134,9 +135,7 @@ def conv_rows_kernel(
         x, w, pixel // (oh * ow), pixel // ow % oh, pixel % ow, cols, hp, row_stride,
         R, STRIDE_H, STEP_W, SEG, BLOCK_K,
     )  # fmt: skip
-    acc = _accumulate_rows(
-        x_ptrs, w_ptrs, row_stride, BLOCK_N, R, RUN, SEG, False, None, PRECISION
-    )
+    acc = _accumulate_rows(x_ptrs, w_ptrs, row_stride, BLOCK_N, R, RUN, SEG, False, None, PRECISION)
     if any_nonfinite(acc):
         acc = _accumulate_rows(x_ptrs, w_ptrs, row_stride, BLOCK_N, R, RUN, SEG, True, 1, PRECISION)
     store_tile(acc, scale, shift, residual, y, rows, m, col0, K, K, EVEN_N, EPILOGUE, PARTS)
