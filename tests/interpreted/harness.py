@@ -15,8 +15,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # One GPU of each family of tensor instructions; each has tiles and a way of loading of its own.
 A100, H100, B200 = ARCHS[0], ARCHS[3], ARCHS[4]
 FAMILIES = {arch.family: arch for arch in (A100, H100, B200)}
-# With one SM the heuristic takes the largest tile that fits and splits nothing: in the interpreter it
-# is the number of programs and of steps that takes time.
+# With one SM the heuristic takes the largest tile that fits and splits nothing: in the interpreter
+# it is the number of programs and of steps that takes time.
 CONV = {family: TritonConv(dataclasses.replace(arch, sms=1)) for family, arch in FAMILIES.items()}
 
 

@@ -1,11 +1,12 @@
 """What certificates cover: every launch that the heuristic can return for ResNet layers, per GPU.
 
-Nothing here runs a kernel. A case is compiled ahead of time by ``launch.compile_for`` and judged from
-its machine code; whatever is concluded from that is *predicted*.
+Nothing here runs a kernel. A case is compiled ahead of time by ``launch.compile_for`` and judged
+from its machine code; whatever is concluded from that is *predicted*.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from triton.backends.compiler import GPUTarget
 
-from fused_resnet.certify import Certificate
+from fused_resnet.certify import Certificate, MainLoop
 from fused_resnet.problem import AddReluProblem, ConvProblem, MaxPool
 
 from .config import ARCHS, MIN_SHARE, Arch, Config, heuristic, stem_pool_tile
@@ -34,7 +35,7 @@ class Case:
 
 
 def resnet_problems(depth: int, n: int, dtype: torch.dtype, size: int = 224) -> list[ConvProblem]:
-    """The distinct convolutions of torchvision's ResNet-18 or ResNet-50 with their fused epilogues."""
+    """The distinct convolutions of torchvision's ResNet-18 or ResNet-50 and their epilogues."""
     if depth not in (18, 50):
         raise ValueError(f"layers are listed for ResNet-18 and ResNet-50, not ResNet-{depth}")
 
@@ -141,29 +142,53 @@ def complaints(case: Case, certificate: Certificate) -> list[str]:
         found.append(f"a block does not fit: {certificate.shared} bytes of shared memory")
     if not isinstance(case.problem, ConvProblem) or case.launch.kernel is reduce_kernel:
         return found
-    for opcode in ("LDGSTS", "STG"):
-        if any(width != 16 for width in certificate.widths(opcode)):
-            found.append(f"{opcode} moves {certificate.widths(opcode)} bytes a thread")
+    found += [
+        f"{opcode} moves {certificate.widths(opcode)} bytes a thread"
+        for opcode in ("LDGSTS", "STG")
+        if any(width != 16 for width in certificate.widths(opcode))
+    ]
     full_precision = case.problem.dtype == torch.float32 and case.precision == "ieee"
     kinds = {"mma": "mma.sync", "wgmma": "wgmma", "tcgen05": "tcgen05"}
     kind = "fp32" if full_precision else kinds[case.arch.family]
     if certificate.tensor_kind != kind:
         found.append(f"it multiplies by {certificate.tensor_kind}, not {kind}")
     loop = certificate.loop
+    if slices(case) > dict(case.launch.options)["num_stages"]:
+        found += _loop_complaints(loop)
+        share = loop.share if loop is not None else None
+        if is_large(case.problem) and not full_precision and (share or 0) < MIN_SHARE:
+            found.append(f"predicted share {share} of the tensor rate")
+    tile = case.config.tile if case.config is not None else None
+    if tile is not None and certificate.occupancy.blocks < tile.resident:
+        found.append(f"{certificate.occupancy.blocks} blocks per SM, not {tile.resident}")
+    return found
+
+
+def _loop_complaints(loop: MainLoop | None) -> list[str]:
     if loop is None:
-        return [*found, "it has no main loop"]
+        return ["it has no main loop"]
+    found = []
     if not loop.async_copies:
         found.append("no asynchronous copies feed the main loop")
     if loop.wgmma_waited_at_once:
         found.append("wgmma is waited for at once")
     if loop.divisions:
         found.append(f"{loop.divisions} integer divisions in the main loop")
-    if is_large(case.problem) and not full_precision and (loop.share or 0) < MIN_SHARE:
-        found.append(f"predicted share {loop.share} of the tensor rate, bound by {loop.limiter}")
-    tile = case.config.tile if case.config is not None else None
-    if tile is not None and certificate.occupancy.blocks < tile.resident:
-        found.append(f"{certificate.occupancy.blocks} blocks per SM, not {tile.resident}")
     return found
+
+
+def slices(case: Case) -> int:
+    """Slices of the reduction that one program walks through.
+
+    Where they are no more than the stages of the pipeline, all loads are in flight at once and the
+    compiler dissolves the loop: there is none to judge.
+    """
+    constants: dict[str, int] = dict(case.launch.constants)
+    if "SEG" in constants:
+        return math.ceil(constants["R"] * constants["SEG"] / constants["BLOCK_K"])
+    taps = constants.get("R", 1) * constants.get("S", 1)
+    steps = taps * math.ceil(constants["C"] / constants["BLOCK_K"])
+    return math.ceil(steps / constants.get("SPLIT_K", 1))
 
 
 def is_large(problem: ConvProblem) -> bool:

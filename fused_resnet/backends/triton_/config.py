@@ -1,4 +1,4 @@
-"""Tile shapes: the space of every kernel and architecture, and the pure function that picks from it.
+"""Tile shapes: the space of every kernel and GPU, and the pure function that picks from it.
 
 Every tile here compiles without spills and with asynchronous loads and tensor instructions of its
 generation; ``make certify`` proves it for all that the heuristic can return. ``share`` is the
@@ -26,7 +26,7 @@ class Arch:
 
     @property
     def family(self) -> str:
-        """Tensor instructions that Triton emits: ``mma`` (synchronous), ``wgmma`` or ``tcgen05``."""
+        """Tensor instructions that Triton emits: ``mma`` (``mma.sync``), ``wgmma``, ``tcgen05``."""
         if self.capability == 90:
             return "wgmma"
         return "tcgen05" if 100 <= self.capability < 110 else "mma"
@@ -77,10 +77,10 @@ class Tile:
 class Config:
     """All that a convolution of this backend is specialised for, beyond the problem itself.
 
-    ``path`` is the formulation: ``gemm`` (1x1), ``conv`` (implicit GEMM, any problem) or ``rows`` (few
-    input channels). ``group_m`` tile rows are walked together, so that weights and pixels are found in
-    L2. ``merged`` groups are computed as one. With ``tma`` operands come through tensor descriptors:
-    all of them in ``gemm``, the weights in ``conv``.
+    ``path`` is the formulation: ``gemm`` (1x1), ``conv`` (implicit GEMM, any problem) or ``rows``
+    (few input channels). ``group_m`` tile rows are walked together, so that weights and pixels are
+    found in L2. ``merged`` groups are computed as one. With ``tma`` operands come through tensor
+    descriptors: all of them in ``gemm``, the weights in ``conv``.
     """
 
     path: str

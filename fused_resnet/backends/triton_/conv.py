@@ -1,16 +1,17 @@
 """Convolution of any filter, stride, padding, dilation and groups: implicit GEMM.
 
-GEMM view: M = N * OH * OW output pixels, N = K output channels of one group, K = R * S * C products,
-channels innermost, so that every slice of the reduction is contiguous in channels_last memory. Pixel
-coordinates and the validity of filter rows and columns (one bit each) are computed once per tile; the
-loop over (filter row, filter column, channel slice) only adds a scalar offset and tests two bits.
+GEMM view: M = N * OH * OW output pixels, N = K output channels of one group, K = R * S * C
+products, channels innermost, so that every slice of the reduction is contiguous in channels_last
+memory. Pixel coordinates and the validity of filter rows and columns (one bit each) are computed
+once per tile; the loop over (filter row, filter column, channel slice) only adds a scalar offset
+and tests two bits.
 
-Narrow groups (ResNeXt, depthwise) are merged: MERGED neighbouring groups become one whose weights are
-block-diagonal, so that loads and tensor instructions are wide. The price is arithmetic that these
-memory-bound layers have to spare. Zero weights times Inf or NaN would leak into the neighbours, so a
-tile that comes out non-finite is computed again, one original group at a time.
+Narrow groups (ResNeXt, depthwise) are merged: MERGED neighbouring groups become one whose weights
+are block-diagonal, so that loads and tensor instructions are wide. The price is arithmetic that
+these memory-bound layers have to spare. Zero weights times Inf or NaN would leak into the
+neighbours, so a tile that comes out non-finite is computed again, one original group at a time.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -50,10 +51,11 @@ def _accumulate(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc [BLOCK_M, BLOCK_N] plus the reduction's slices ``first`` to ``last``.
+    """Tile acc [BLOCK_M, BLOCK_N] plus the reduction's slices ``first`` to ``last``.
 
-    x_ptrs [BLOCK_M, BLOCK_K] point at the top-left tap of each pixel's window. w is the weight matrix
-    [KT, DEPTH], a descriptor of it with W_TMA; ``cols`` are the tile's rows of it, from ``col0`` on.
+    x_ptrs [BLOCK_M, BLOCK_K] point at the top-left tap of each pixel's window. w is the weight
+    matrix [KT, DEPTH], a descriptor of it with W_TMA; ``cols`` are the tile's rows of it, from
+    ``col0`` on.
     ``valid`` [BLOCK_M] has bit r set if filter row r lies inside the
     image and bit 16 + s if filter column s does. With MASK_C, only channels lo <= c < hi count.
     STAGES overrides the depth of the software pipeline.
@@ -132,7 +134,9 @@ def conv_kernel(
     W_TMA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """x [n, h, w_in, GROUPS*C], w [GROUPS*K, R, S, C], residual and y [n, oh, ow, GROUPS*K].
+    """One tile of pixels and output channels of one (merged) group.
+
+    x [n, h, w_in, GROUPS*C], w [GROUPS*K, R, S, C], residual and y [n, oh, ow, GROUPS*K].
 
     C and K are those of one (merged) group; with SPLIT_K > 1, y is fp32 [SPLIT_K, n*oh*ow, K] and
     GROUPS is 1. Grid (tiles of m times tiles of K times GROUPS, SPLIT_K).
@@ -176,14 +180,14 @@ def conv_kernel(
         x_ptrs, w, col0, cols, valid, w_in, first, last, 0, C, zeros,
         CT, C, S, DIL_H, DIL_W, W_TMA, R * S * C, C % BLOCK_K != 0, None, PRECISION,
     )  # fmt: skip
-    if MERGED > 1:
+    if MERGED > 1:  # noqa: SIM102 (the one is decided when compiling, the other when running)
         if any_nonfinite(acc):
             ONE_C: tl.constexpr = C // MERGED
             ONE_K: tl.constexpr = K // MERGED
             for one in range(MERGED):
                 alone = _accumulate(
-                    x_ptrs, w, col0, cols, valid, w_in, first, last, one * ONE_C, one * ONE_C + ONE_C,
-                    zeros, CT, C, S, DIL_H, DIL_W, W_TMA, R * S * C, True, 1, PRECISION,
+                    x_ptrs, w, col0, cols, valid, w_in, first, last, one * ONE_C, one * ONE_C +
+                    ONE_C, zeros, CT, C, S, DIL_H, DIL_W, W_TMA, R * S * C, True, 1, PRECISION,
                 )  # fmt: skip
                 mine = (cols - group * K) // ONE_K == one
                 acc = tl.where(mine[None, :], alone, acc)

@@ -55,9 +55,11 @@ def precision_of(dtype: torch.dtype) -> str:
 
     16-bit products do not depend on it and always report ``tf32``.
     """
-    if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32":
+    if dtype != torch.float32:
         return "tf32"
-    return "ieee"
+    # ``allow_tf32`` sets this too, but cannot be read once convolutions and RNNs differ.
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return "tf32" if conv.fp32_precision == "tf32" else "ieee"
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,13 +1,14 @@
 """What every Triton convolution does with its accumulators: one function, fp32, one rounding.
 
     z = acc * scale + shift
-    none: z    relu: relu(z)    add: z + r    add_relu: relu(z + r)    relu_add_relu: relu(relu(z) + r)
+    none: z    relu: relu(z)    add: z + r    add_relu: relu(z + r)    relu_add_relu: relu(relu(z) +
+    r)
 
 The tile is [BLOCK_M pixels, BLOCK_N channels] of an [M, K] row-major output, that is, of a
-channels_last tensor seen as a matrix. ``partial`` is the epilogue of a split reduction: the raw sums
-go to an fp32 workspace, and ``reduce_kernel`` applies the real one.
+channels_last tensor seen as a matrix. ``partial`` is the epilogue of a split reduction: the raw
+sums go to an fp32 workspace, and ``reduce_kernel`` applies the real one.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b, fp32 accumulation; PRECISION is ``tf32`` or ``ieee`` and matters for fp32 only."""
+    """The sum acc + a @ b in fp32; PRECISION is ``tf32`` or ``ieee`` and matters for fp32 only."""
     if INTERPRETED:
         # The interpreter keeps bf16 as raw 16-bit integers and would multiply those.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
@@ -61,7 +62,7 @@ def affine_act(acc, scale, shift, residual, EPILOGUE: tl.constexpr):
 
 @triton.jit
 def column_halves(acc):
-    """Left and right half of the columns; free in registers for the layouts of tensor-core results."""
+    """Left and right half of the columns: free, as tensor cores lay results out in registers."""
     return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
 
 
@@ -81,10 +82,11 @@ def store_tile(
     EPILOGUE: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Finish acc [BLOCK_M, BLOCK_N] and store it at rows ``rows`` and columns ``col0 ...`` of y [M, LD].
+    """Finish acc [BLOCK_M, BLOCK_N] and store it in y [M, LD].
 
-    Rows from ``m`` on and columns from ``col_end`` on are left out. The tile is handled in PARTS
-    column blocks: more parts need fewer registers.
+    It belongs at rows ``rows`` and columns ``col0 ...``. Rows from ``m`` on and columns from
+    ``col_end`` on are left out. The tile is handled in PARTS column blocks: more parts need fewer
+    registers.
     """
     if PARTS > 1:
         left, right = column_halves(acc)
@@ -143,7 +145,7 @@ def store_tile(
 
 @triton.jit
 def grouped_tile(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Program id to (tile row, tile column), GROUP_M rows at a time so that both operands stay in L2."""
+    """Program id to (tile row, tile column), GROUP_M rows at a time: both operands stay in L2."""
     per_group = GROUP_M * tiles_n
     first = pid // per_group * GROUP_M
     height = tl.minimum(tiles_m - first, GROUP_M)

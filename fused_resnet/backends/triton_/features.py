@@ -50,7 +50,7 @@ def prepare_images(
         raise TypeError(f"images are uint8, fp32, fp16 or bf16, not {images.dtype}")
     if images.ndim != 4:
         raise ValueError(f"images are [N, C, H, W], not {tuple(images.shape)}")
-    n, c, h, w = images.shape
+    _, c, h, w = images.shape
     if (mean is None) != (std is None):
         raise ValueError("give both of mean and std, or none")
     if mean is not None and std is not None and (mean.shape != (c,) or std.shape != (c,)):

@@ -4,10 +4,11 @@
 
 Both operands are contiguous along the reduction, which is what tensor cores want. Two schedules:
 ``gemm_kernel`` loads through pointers (cp.async on sm_80 and later), one program a tile;
-``gemm_tma_kernel`` loads and stores through tensor descriptors (TMA on sm_90 and later), persistent.
-At least M*C + K*C + M*K elements (and the residual's M*K) pass through memory for 2*M*C*K operations.
+``gemm_tma_kernel`` loads and stores through tensor descriptors (TMA on sm_90 and later),
+persistent. At least M*C + K*C + M*K elements (and the residual's M*K) pass through memory for
+2*M*C*K operations.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def gemm_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """x [m, C], w [K, C], residual and y [m, K].
+    """One tile of y; x [m, C], w [K, C], residual and y [m, K].
 
     Grid (tiles of m times tiles of K). WIDE computes offsets in 64 bits.
     """
@@ -74,7 +75,7 @@ def gemm_kernel(
 def _store_boxes(
     acc, scale, shift, residual, y, row0, col0, K: tl.constexpr, EPILOGUE: tl.constexpr
 ):
-    """``store_tile`` through descriptors, in column blocks as wide as y's box; TMA clips the edges."""
+    """``store_tile`` by descriptors, in column blocks as wide as y's box; TMA clips the edges."""
     if acc.shape[1] > y.block_shape[1]:
         left, right = column_halves(acc)
         _store_boxes(left, scale, shift, residual, y, row0, col0, K, EPILOGUE)
@@ -107,7 +108,9 @@ def gemm_tma_kernel(
     PRECISION: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
-    """Descriptors: x [m, C] box (BLOCK_M, BLOCK_K), w [K, C] box (BLOCK_N, BLOCK_K),
+    """Tiles of y, one after the other.
+
+    Descriptors: x [m, C] box (BLOCK_M, BLOCK_K), w [K, C] box (BLOCK_N, BLOCK_K),
     residual and y [m, K] box (BLOCK_M, BLOCK_N / parts).
 
     Grid (as many programs as run at once): each walks over tiles. C and K need no multiple of the

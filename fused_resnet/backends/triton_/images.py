@@ -1,12 +1,13 @@
 """What happens to images and features around the convolutions: memory-bound kernels, one pass each.
 
-``pad_kernel``   any [N, C, H, W] view, any dtype (uint8 too) -> channels_last with CP >= C channels and a
-                 zero border, cast, and normalised by a per-channel factor and offset: the input of a
-                 network, or of a convolution of few channels.
+``pad_kernel``   any [N, C, H, W] view, any dtype (uint8 too) -> channels_last with CP >= C channels
+and a
+                 zero border, cast, and normalised by a per-channel factor and offset: the input of
+                 a network, or of a convolution of few channels.
 ``mean_kernel``  global average pool, [N, H*W, C] -> [N, C].
 ``add_relu_kernel``  relu(a + b) of two flat arrays.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -45,10 +46,11 @@ def pad_kernel(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """x [n, C, h, w] of any strides -> y [n, hp, wp, CP], x's pixel (0, 0) at (top, left).
+    """Copy x [n, C, h, w] of any strides to y [n, hp, wp, CP], x's pixel (0, 0) at (top, left).
 
-    y = x * factor + offset per channel (fp32) with NORMALISE, x otherwise; zero in the border and in
-    channels from C on. ``pixels`` = n * hp * wp. Grid (blocks of BLOCK pixels times tiles of TILE_C channels).
+    y = x * factor + offset per channel (fp32) with NORMALISE, x otherwise; zero in the border and
+    in channels from C on. ``pixels`` = n * hp * wp. Grid (blocks of BLOCK pixels times tiles of
+    TILE_C channels).
     """
     TILES: tl.constexpr = (CP + TILE_C - 1) // TILE_C
     block = tl.program_id(0) // TILES
@@ -79,7 +81,7 @@ def pad_kernel(
 def mean_kernel(
     x, y, pixels, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr
 ):
-    """x [n, pixels, C] -> y [n, C], the mean over pixels, summed in fp32. Grid (n, tiles of C)."""
+    """Mean over pixels, summed in fp32: x [n, pixels, C] -> y [n, C]. Grid (n, tiles of C)."""
     image = tl.program_id(0)
     if WIDE:
         image = image.to(tl.int64)
@@ -97,14 +99,14 @@ def mean_kernel(
 
 @triton.jit(do_not_specialize=["size"])
 def add_relu_kernel(a, b, y, size, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """y = relu(a + b) over flat arrays of ``size`` elements; y may be a. Grid (blocks)."""
+    """Compute y = relu(a + b) over flat arrays of ``size`` elements; y may be a. Grid (blocks)."""
     block = tl.program_id(0)
     if WIDE:
         block = block.to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     z = tl.load(a + at, mask=mask, other=0.0).to(tl.float32)
-    # The sum of two values of one dtype is rounded as torch rounds it, before the ReLU; that ReLU is
-    # exact, so one rounding at the end is the same.
+    # The sum of two values of one dtype is rounded as torch rounds it, before the ReLU; that ReLU
+    # is exact, so one rounding at the end is the same.
     z += tl.load(b + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + at, round_to(relu(z), y.dtype.element_ty), mask=mask)

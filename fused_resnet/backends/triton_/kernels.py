@@ -1,4 +1,4 @@
-"""The kernels of the backend as the registry sees them: a path per problem and device, made once."""
+"""The kernels as the registry sees them: a path per problem and device, made once."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ class _TritonConvolution(PackedKernel):
 
     def pack_key(self, problem: Any) -> Hashable:
         """The layout of a path."""
-        return problem.layout
+        layout: Hashable = problem.layout
+        return layout
 
     def prepare(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> _Packed:
         """Weights in the layout of a path, scale and shift as aligned fp32 arrays."""
@@ -112,7 +113,7 @@ class TritonConv(_TritonConvolution):
     name: ClassVar[str] = "conv"
 
     def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
-        """None if this kernel computes ``problem`` on ``device``, else the reason why it does not."""
+        """None if this kernel computes ``problem`` on ``device``, else why it does not."""
         if problem.pool is not None:
             return "max-pooling is another kernel's"
         if max(problem.r, problem.s) > 16:
@@ -133,7 +134,7 @@ class TritonStemPool(_TritonConvolution):
     name: ClassVar[str] = "stem_pool"
 
     def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
-        """None if this kernel computes ``problem`` on ``device``, else the reason why it does not."""
+        """None if this kernel computes ``problem`` on ``device``, else why it does not."""
         if problem.pool != STEM_POOL:
             return "only the 3x3 max-pool of stride 2 and padding 1 is fused"
         if problem.epilogue != "relu":
@@ -155,7 +156,7 @@ class TritonAddRelu(Kernel):
     name: ClassVar[str] = "add_relu"
 
     def supports(self, problem: AddReluProblem, device: torch.device) -> str | None:
-        """None if this kernel computes ``problem`` on ``device``, else the reason why it does not."""
+        """None if this kernel computes ``problem`` on ``device``, else why it does not."""
         if not problem.same_dense_strides:
             return "a and b do not lie alike in dense memory"
         return refusal(problem.dtype, device)

@@ -1,8 +1,8 @@
-"""A launch as a value: which kernel, its types, constants and grid. Run time and certificates share it.
+"""A launch as a value: kernel, types, constants and grid, for run time and certificates alike.
 
-``Launch`` holds all that is known before there are tensors. ``compile_for`` makes machine code of it
-for any architecture, with or without a GPU; ``bind`` makes the callable that a plan keeps, which adds
-nothing per call but the arguments.
+``Launch`` holds all that is known before there are tensors. ``compile_for`` makes machine code of
+it for any architecture, with or without a GPU; ``bind`` makes the callable that a plan keeps, which
+adds nothing per call but the arguments.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def box(dtype: torch.dtype, *block: int) -> str:
 def compile_for(launch: Launch, target: GPUTarget) -> Any:
     """Machine code of the launch for ``target``: a ``triton.compiler.CompiledKernel``.
 
-    Its ``asm`` holds ``ttgir``, ``ptx`` and ``cubin``. Needs no GPU; the result is cached on disk by
-    Triton itself. The grid and unaligned sizes are not part of the code.
+    Its ``asm`` holds ``ttgir``, ``ptx`` and ``cubin``. Needs no GPU; the result is cached on disk
+    by Triton itself. The grid and unaligned sizes are not part of the code.
     """
     kernel = launch.kernel
     signature = {name: kind.rstrip("?") for name, kind in launch.signature} | {

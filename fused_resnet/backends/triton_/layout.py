@@ -17,7 +17,7 @@ from .plans import Rows, pad_launch
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """The tensor, dense in channels_last order and 16-byte aligned: itself where it is that already."""
+    """The tensor, dense in channels_last order and 16-byte aligned: itself where it is so."""
     tensor = tensor.contiguous(memory_format=torch.channels_last)
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
@@ -50,10 +50,10 @@ def tap_weights(problem: ConvProblem, weight: Tensor, merged: int) -> Tensor:
 
 
 def row_weights(problem: ConvProblem, weight: Tensor, rows: Rows) -> Tensor:
-    """Weight [K, C, R, S] as dense [K, rows, seg]: the S * cp products of a filter row, zero-padded."""
+    """Weight [K, C, R, S] as dense [K, rows, seg]: S * cp products of a filter row, and zeros."""
     k, c, r, s = weight.shape
     packed = weight.new_zeros(k, rows.rows, rows.seg)
-    runs = packed[:, :r, : s * rows.cp].unflatten(2, (s, rows.cp))
+    runs = packed[:, :r, : s * rows.cp].view(k, r, s, rows.cp)
     runs[..., :c] = weight.detach().permute(0, 2, 3, 1)
     return packed
 
@@ -65,10 +65,11 @@ def padded_image(
     dtype: torch.dtype,
     affine: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """x [N, C, H, W] of any strides as a dense zero-bordered image [N, hp, wp, cp] in ``dtype``.
+    """A dense zero-bordered image [N, hp, wp, cp] in ``dtype`` of x [N, C, H, W].
 
-    ``padded`` is (hp, wp, cp) and x's first pixel lands at ``origin``. With ``affine`` = (factor,
-    offset), fp32 [C], pixels become x * factor + offset. The border and channels from C on are zero.
+    x may have any strides, ``padded`` is (hp, wp, cp) and x's first pixel lands at ``origin``. With
+    ``affine`` = (factor, offset), fp32 [C], pixels become x * factor + offset. The border and
+    channels from C on are zero.
     """
     n, _, h, w = x.shape
     hp, wp, cp = padded

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ from .layout import channels_last, matrix, padded_image, row_weights, tap_weight
 from .plans import conv_launches, pool_strip, rows_layout, stem_pool_launch
 
 #: Weights as a kernel takes them: a tensor, or a tensor descriptor of one.
-Weights = Tensor | TensorDescriptor
+Weights: TypeAlias = "Tensor | TensorDescriptor"
 
 
 class Path(ABC):
-    """One formulation for one problem on one device; make it, and run it, with that device current."""
+    """One formulation for one problem on one device, which must be current."""
 
     @property
     @abstractmethod
@@ -83,7 +84,7 @@ class GemmPath(Path):
 
 
 class ConvPath(Path):
-    """Implicit GEMM of any problem, its reduction split among programs where the GPU is not full."""
+    """Implicit GEMM of any problem, the reduction split where programs are too few."""
 
     def __init__(
         self, problem: ConvProblem, config: Config, arch: Arch, precision: str, device: torch.device
@@ -135,7 +136,7 @@ class RowsPath(Path):
         self._problem = problem
         self._rows = rows_layout(problem, config.tile.block_k)
         oh, ow = problem.conv_size
-        self._sizes = problem.n, oh, ow, self._rows.hp, self._rows.row_units
+        self._sizes: tuple[int, ...] = (problem.n, oh, ow, self._rows.hp, self._rows.row_units)
 
     @property
     def layout(self) -> Hashable:

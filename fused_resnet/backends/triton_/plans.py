@@ -1,4 +1,4 @@
-"""From a problem and a configuration to launches: the pure half of a plan, shared by all that compile.
+"""From a problem and a configuration to launches: pure functions, shared by all that compile.
 
 What is here needs neither tensors nor a GPU; ``kernels`` runs it, and certificates compile it.
 """
@@ -21,7 +21,8 @@ from .launch import Launch, box, pointer
 from .reduce import reduce_kernel
 from .stem import conv_rows_kernel, stem_pool_kernel
 
-#: From this many elements on, offsets are computed in 64 bits; the slack covers tiles beyond the edge.
+#: From this many elements on, offsets are computed in 64 bits; the slack covers tiles beyond the
+#: edge.
 WIDE_ELEMENTS = 2**31 - 2**24
 
 
@@ -64,7 +65,7 @@ def _tile_constants(config: Config) -> dict[str, Any]:
 def conv_launches(
     problem: ConvProblem, config: Config, arch: Arch, precision: str
 ) -> tuple[Launch, ...]:
-    """The launches of a convolution after its input is laid out: one, or two with a split reduction."""
+    """The launches of a convolution of laid-out input: one, or two with a split reduction."""
     if config.path == "gemm":
         return (_gemm(problem, config, arch, precision),)
     if config.path == "rows":
@@ -172,7 +173,7 @@ def _reduce(problem: ConvProblem, config: Config) -> Launch:
 
 @dataclass(frozen=True)
 class Rows:
-    """Layout of the padded image [n, hp, wp, cp] and of the weights [K, rows, seg] of ``rows`` paths."""
+    """Layout of the padded image [n, hp, wp, cp] and weights [K, rows, seg] of ``rows``."""
 
     cp: int
     seg: int
@@ -271,8 +272,8 @@ def stem_pool_launch(problem: ConvProblem, tile: Tile, arch: Arch, precision: st
     return _launch(stem_pool_kernel, signature, constants, tile, grid)
 
 
-#: Elements of one program of ``pad_kernel``, pixels and channels of one of ``mean_kernel``, and elements
-#: of one of ``add_relu_kernel``: 16 bytes a thread and more.
+#: Elements of one program of ``pad_kernel``, pixels and channels of one of ``mean_kernel``, and
+#: elements of one of ``add_relu_kernel``: 16 bytes a thread and more.
 _PAD_ELEMENTS, _MEAN_TILE, _FLAT = 2048, (32, 64), 2048
 _PLAIN = Tile(0, 0, 0, 4, 1)
 
@@ -293,10 +294,12 @@ def pad_launch(
     hp, wp, cp = padded
     vector = pointer(torch.float32)
     signature = [
-        ("x", pointer(source, aligned=False)), ("factor", vector), ("offset", vector), ("y", pointer(dtype)),
+        ("x", pointer(source, aligned=False)), ("factor", vector), ("offset", vector), ("y",
+        pointer(dtype)),
     ]  # fmt: skip
     names = (
-        "pixels", "h", "w", "hp", "wp", "top", "left", "stride_n", "stride_c", "stride_h", "stride_w",
+        "pixels", "h", "w", "hp", "wp", "top", "left", "stride_n", "stride_c", "stride_h",
+        "stride_w",
     )  # fmt: skip
     wide = is_wide(extent, n * hp * wp * cp)
     signature += [(name, "i64" if wide else "i32") for name in names]
@@ -322,7 +325,7 @@ def mean_launch(n: int, c: int, pixels: int, dtype: torch.dtype) -> Launch:
 
 
 def add_relu_launch(problem: AddReluProblem, aligned: bool = True) -> Launch:
-    """``relu(a + b)`` over flat memory; ``aligned`` says that all three arrays start at 16 bytes."""
+    """``relu(a + b)`` over flat memory; ``aligned`` says that all arrays start at 16 bytes."""
     kind = pointer(problem.dtype, aligned)
     size = math.prod(problem.shape)
     wide = is_wide(size)

@@ -1,10 +1,10 @@
-"""Second half of a convolution whose reduction was split: sum the partial results, then the epilogue.
+"""Second half of a convolution whose reduction was split: sum the parts, then the epilogue.
 
     y[M, K] = epilogue(sum over z of partial[z, M, K])
 
 The sum runs over z in order, so results repeat bit by bit.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def reduce_kernel(
     EPILOGUE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """partial fp32 [SPLIT_K, m, K], residual and y [m, K]. Grid (tiles of m, tiles of K)."""
+    """One tile; partial fp32 [SPLIT_K, m, K], residual and y [m, K]. Grid (tiles of m, of K)."""
     if WIDE:
         m = m.to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,19 +1,20 @@
-"""Convolutions of few input channels (the 7x7 stem, CIFAR's first layer), and the stem with its pool.
+"""Convolutions of few input channels: the stem, with and without its pool, and its like.
 
-With C = 3 a slice of one filter tap would be three products. So x is first copied into an image that
-carries its zero border and CP >= C channels (``pad_kernel`` of ``images``): then the S taps of one
-filter row are one contiguous run of SEG = power of two >= S * CP elements, which starts on a 16-byte
-boundary, and a slice of the reduction is BLOCK_K / SEG filter rows: no masks, no divisions in the loop.
-Weights [K, rows, SEG] are zero where a run is longer than the filter. Zero weights times Inf or NaN
-would count pixels that are none of the window's, so a tile that comes out non-finite is computed again
-with masks.
+With C = 3 a slice of one filter tap would be three products. So x is first copied into an image
+that carries its zero border and CP >= C channels (``pad_kernel`` of ``images``): then the S taps of
+one filter row are one contiguous run of SEG = power of two >= S * CP elements, which starts on a
+16-byte boundary, and a slice of the reduction is BLOCK_K / SEG filter rows: no masks, no divisions
+in the loop. Weights [K, rows, SEG] are zero where a run is longer than the filter. Zero weights
+times Inf or NaN would count pixels that are none of the window's, so a tile that comes out
+non-finite is computed again with masks.
 
-``stem_pool_kernel`` adds ReLU and the 3x3 max-pool of stride 2. A program walks down the conv rows of
-a strip of one image and keeps the pooled columns of the rows before it in registers, so that neither
-conv rows nor columns go to memory; only the row above each strip is computed twice. For 224x224 images,
-128 of 112 columns and 2 P + 1 of 2 P rows are computed: 22% more than needed at P = 7.
+``stem_pool_kernel`` adds ReLU and the 3x3 max-pool of stride 2. A program walks down the conv rows
+of a strip of one image and keeps the pooled columns of the rows before it in registers, so that
+neither conv rows nor columns go to memory; only the row above each strip is computed twice. For
+224x224 images, 128 of 112 columns and 2 P + 1 of 2 P rows are computed: 22% more than needed at P =
+7.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .conv import any_nonfinite
-from .epilogue import affine_act, dot, grouped_tile, relu, round_to, store_tile
+from .epilogue import affine_act, dot, grouped_tile, round_to, store_tile
 
 
 @triton.jit
@@ -39,8 +40,8 @@ def _accumulate_rows(
 ):
     """The whole reduction of a tile: [BLOCK_M, BLOCK_N] in fp32.
 
-    x_ptrs [BLOCK_M, BLOCK_K] point at the first filter rows of each window, w_ptrs [BLOCK_K, BLOCK_N]
-    at their weights; RUN = S * CP elements of a run of SEG belong to the filter.
+    x_ptrs [BLOCK_M, BLOCK_K] point at the first filter rows of each window, w_ptrs [BLOCK_K,
+    BLOCK_N] at their weights; RUN = S * CP elements of a run of SEG belong to the filter.
     """
     BLOCK_K: tl.constexpr = x_ptrs.shape[1]
     ROWS: tl.constexpr = BLOCK_K // SEG  # filter rows per slice
@@ -113,7 +114,10 @@ def conv_rows_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """x [n, hp, row_units * UNIT] (padded image rows), w [K, rows, SEG], residual and y [n, oh, ow, K].
+    """One tile of pixels and output channels.
+
+    x [n, hp, row_units * UNIT] (rows of padded images), w [K, rows, SEG], residual and y
+    [n, oh, ow, K].
 
     UNIT elements are 16 bytes; STEP_W = stride * CP elements lie between neighbouring windows.
     Grid (tiles of n*oh*ow times tiles of K).
@@ -182,7 +186,9 @@ def stem_pool_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """x and w as in ``conv_rows_kernel``; y [n, ph, pw, K] = maxpool(relu(affine(conv(x)))).
+    """A strip of pooled rows: y [n, ph, pw, K] = maxpool(relu(affine(conv(x)))).
+
+    x and w are those of ``conv_rows_kernel``.
 
     Grid (strips of ``strip`` pooled rows, times tiles of BLOCK_M/2 - 1 pooled columns; tiles of K;
     images).
@@ -203,7 +209,8 @@ def stem_pool_kernel(
     row_stride = row_units * UNIT
     last = tl.minimum(first + strip, ph)
     below = tl.zeros((BLOCK_M // 2, BLOCK_N), tl.float32)  # pooled columns of the rows so far
-    # Conv rows 2 p - 1, 2 p and 2 p + 1 make pooled row p. Values are >= 0, so 0 stands for nothing.
+    # Conv rows 2 p - 1, 2 p and 2 p + 1 make pooled row p. Values are >= 0, so 0 stands for
+    # nothing.
     for oy in tl.range(2 * first - 1, 2 * last):
         row = tl.minimum(tl.maximum(oy, 0), oh - 1)
         x_ptrs, w_ptrs = _pointers(
