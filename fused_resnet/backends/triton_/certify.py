@@ -7,14 +7,15 @@ from its machine code; whatever is concluded from that is *predicted*.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.table import Table
 from triton.backends.compiler import GPUTarget
 
-from fused_resnet.certify import Certificate, MainLoop
+from fused_resnet.certify import LABEL, Certificate, MainLoop, Work, certify_triton
 from fused_resnet.problem import AddReluProblem, ConvProblem, MaxPool
 
 from .config import ARCHS, MIN_SHARE, Arch, Config, heuristic, stem_pool_tile
@@ -195,3 +196,67 @@ def is_large(problem: ConvProblem) -> bool:
     """Whether the GEMM of a layer is at least 128 deep and 128 wide."""
     depth = problem.c // problem.groups * problem.r * problem.s
     return min(depth, problem.k) >= 128
+
+
+def certify_case(case: Case) -> Certificate:
+    """Compile a case and read its certificate; the roofline in it is *predicted*."""
+    problem = case.problem
+    work = None
+    if not isinstance(problem, str) and case.launch.kernel is not reduce_kernel:
+        flops = problem.flops if isinstance(problem, ConvProblem) else 0
+        kinds = {torch.float32: "fp32" if case.precision == "ieee" else "tf32"}
+        work = Work(flops, problem.min_bytes, kinds.get(problem.dtype, "f16"))
+    warps = dict(case.launch.options)["num_warps"]
+    specialised = case.config is not None and case.config.warp_specialize
+    return certify_triton(compile_case(case), loop_warps=1 if specialised else warps, work=work)
+
+
+def name_of(case: Case) -> str:
+    """A key for a case: architecture, kernel, problem and configuration."""
+    launch = case.launch
+    constants = dict(launch.constants)
+    shape = "x".join(str(constants[b]) for b in _BLOCKS if b in constants)
+    options = dict(launch.options)
+    parts = [
+        f"sm_{case.arch.capability}",
+        launch.kernel.fn.__name__,
+        str(case.problem),
+        case.precision if case.precision == "ieee" else "",
+        f"tile {shape} warps {options['num_warps']} stages {options['num_stages']}",
+        f"split {constants['SPLIT_K']}" if constants.get("SPLIT_K", 1) > 1 else "",
+    ]
+    return " | ".join(part for part in parts if part)
+
+
+_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK")
+
+
+def summary(certificates: Mapping[str, Certificate]) -> Table:
+    """A line for each kernel and GPU: the extremes over all its certificates."""
+    groups: dict[tuple[str, int], list[Certificate]] = {}
+    for name, certificate in certificates.items():
+        groups.setdefault((name.split(" | ")[1], certificate.sm), []).append(certificate)
+    table = Table(title="Triton kernels: the worst of each figure", caption=LABEL)
+    table.add_column("kernel")
+    for column in ("sm", "codes", "registers", "spills", "shared KiB"):
+        table.add_column(column, justify="right")
+    table.add_column("tensor instructions")
+    table.add_column("predicted share", justify="right")
+    table.add_column("predicted bound of the layers", justify="right")
+    for (kernel, sm), group in sorted(groups.items()):
+        kinds = sorted({c.tensor_kind for c in group if c.tensor_kind})
+        shares = [c.share for c in group if c.share is not None]
+        bounds = [b for c in group for b in c.bounds]
+        times = [b.predicted_us for b in bounds]
+        table.add_row(
+            kernel,
+            str(sm),
+            str(len(group)),
+            str(max(c.registers for c in group)),
+            str(sum(c.spills for c in group)),
+            f"{max(c.shared for c in group) / 1024:.0f}",
+            ", ".join(kinds) or "-",
+            f"{min(shares):.2f}-{max(shares):.2f}" if shares else "-",
+            f"{bounds[0].device} {min(times):.1f}-{max(times):.1f} us" if times else "-",
+        )
+    return table
