@@ -140,6 +140,14 @@ _ASYNC32 = (
     Tile(128, 64, 32, 4, 4, share=0.70, resident=2),
     Tile(128, 32, 32, 4, 4, share=0.33, resident=2),
 )
+# On sm_100 tensor cores read both operands from shared memory, which binds all but the widest tile.
+_TCGEN32_CONV = (
+    Tile(128, 256, 32, 8, 3, parts=4, share=1.00),
+    Tile(128, 128, 32, 8, 4, parts=2, share=0.66),
+    Tile(64, 128, 32, 4, 4, parts=2, share=0.44, resident=2),
+    Tile(128, 64, 32, 4, 4, share=0.44, resident=2),
+    Tile(128, 32, 32, 4, 4, share=0.33, resident=2),
+)
 # Full-precision fp32 runs on the ordinary multiply-add units.
 _IEEE = (
     Tile(128, 64, 16, 8, 3, share=0.80, resident=2),
@@ -149,7 +157,7 @@ _IEEE = (
 
 # Rows of a padded image: a slice is 128 bytes, so that it holds the runs of whole filter rows.
 _ROWS16 = (
-    Tile(128, 64, 64, 4, 3, share=0.89, resident=2),
+    Tile(128, 64, 64, 4, 3, parts=2, share=0.89, resident=2),
     Tile(128, 32, 64, 4, 3, share=0.60, resident=3),
 )
 _ROWS32 = (
@@ -166,6 +174,8 @@ def _space(family: str, kind: str, path: str) -> tuple[Tile, ...]:
     if kind == "ieee":
         return _IEEE
     if kind == "tf32":
+        if family == "tcgen05" and path == "conv":
+            return _TCGEN32_CONV
         return _MMA32 if family == "mma" else _ASYNC32
     spaces = {
         "mma": (_MMA16, _MMA16),
