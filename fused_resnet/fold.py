@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.freshness import state_of
+from fused_resnet.freshness import Sources, capturing, keep, state_of, storages
 
 _FROZEN = "FrozenBatchNorm2d"
 
@@ -139,14 +139,17 @@ class _CachedFold(torch.autograd.Function):
 
 
 class _Entry:
-    """A cached (scale, shift) with the tensors it came from, which it keeps alive."""
+    """A cached (scale, shift) with the state of the tensors it came from."""
 
-    __slots__ = ("result", "sources", "state")
+    __slots__ = ("memory", "result", "state")
 
-    def __init__(self, state: Any, sources: Any, result: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, state: Any, sources: Sources, result: tuple[Tensor, Tensor]) -> None:
         self.state = state
-        self.sources = sources
+        self.memory = storages(sources)
         self.result = result
+
+    def holds(self, state: Any) -> bool:
+        return bool(self.state == state) and all(ref() is not None for ref in self.memory)
 
 
 _cache: weakref.WeakKeyDictionary[nn.Module, dict[int, _Entry]] = weakref.WeakKeyDictionary()
@@ -166,11 +169,10 @@ def refresh(model: nn.Module) -> None:
     with torch.no_grad():
         for module in model.modules():
             _cache.pop(module, None)
-            for parameter in module.parameters(recurse=False):
-                if not parameter.is_inference():
-                    # Moves the version counter and nothing else: whatever was packed from it is
-                    # stale.
-                    torch.autograd.graph.increment_version(parameter)
+            for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if not t.is_inference():
+                    # Moves the version counter and nothing else: what was made from it is stale.
+                    torch.autograd.graph.increment_version(t)
 
 
 def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
@@ -189,24 +191,25 @@ def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
     weight = conv.weight
     if torch.compiler.is_compiling():
         return _fold_any(weight, *sources)
-    state = state_of((bias, gamma, beta, mean, var))
+    tensors = (bias, gamma, beta, mean, var)
+    state = state_of(tensors)
     if state is None:
         # A tensor made in inference mode: an edit of it would go unseen, so nothing is kept.
         return _fold_any(weight, *sources)
     state = state, eps, weight.dtype, weight.device
     entries = _cache.get(conv)
     entry = None if entries is None else entries.get(id(bn))
-    if entry is None or entry.state != state:
+    if entry is None or not entry.holds(state):
+        if capturing(weight.device):
+            return _fold_any(weight, *sources)
         # Outside of inference mode, so that the cached vectors can serve autograd later.
         with torch.inference_mode(False), torch.no_grad():
-            result = _fold_any(weight, *sources)
+            scale, shift = _fold_any(weight, *sources)
         entries = _cache.setdefault(conv, {})
         if len(entries) >= _MAX_NORMS:
             entries.clear()
-        entries[id(bn)] = entry = _Entry(state, sources, result)
-    if not torch.is_grad_enabled() or not any(
-        t is not None and t.requires_grad for t in (bias, gamma, beta, mean, var)
-    ):
+        entries[id(bn)] = entry = _Entry(state, tensors, (keep(scale), keep(shift)))
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         return entry.result
     if mean is None or var is None or mean.requires_grad or var.requires_grad:
         return _fold_any(weight, *sources)

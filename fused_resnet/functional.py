@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fused_resnet import fold
-from fused_resnet import ops as _ops  # noqa: F401  registers torch.ops.fused_resnet
+from fused_resnet import ops as _ops
 
 Size2 = int | tuple[int, int]
 
@@ -205,8 +205,8 @@ def add_relu(a: Tensor, b: Tensor, *, inplace: bool = False) -> Tensor:
     if not inplace:
         return cast(Tensor, _add_relu_op(a, b))
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        # relu_'s backward reads its output and add_'s reads nothing: stock in-place ops are exact
-        # here.
+        _ops.check_add(a, b)
+        # relu_'s backward reads its output and add_'s reads nothing: stock in-place ops do.
         return a.add_(b).relu_()
     _add_relu_inplace_op(a, b)
     return a
@@ -248,7 +248,7 @@ def _is_fused(conv: nn.Module, bn: nn.Module | None) -> bool:
 
 
 def _unpadded(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
-    """The input and the symmetric zero padding that remains, after applying what the op cannot express."""
+    """The input and the symmetric zero padding that the op is to apply to it."""
     padding = conv.padding
     if conv.padding_mode == "zeros":
         if not isinstance(padding, str):

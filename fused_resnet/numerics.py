@@ -44,6 +44,17 @@ class Error:
         return f"{self.l2:.2e}" + ("" if self.finite else " (non-finite values differ)")
 
 
+def largest(*errors: Error) -> Error:
+    """The larger error in each respect, for a stock result that can be had in several ways.
+
+    Stock torch is as right in one memory format as in another, and over a whole network its error
+    differs between them by up to two: the rule compares with whichever is farther off.
+    """
+    return Error(
+        max(e.l2 for e in errors), max(e.worst for e in errors), all(e.finite for e in errors)
+    )
+
+
 def error(actual: Tensor, reference: Tensor) -> Error:
     """How far ``actual`` is from ``reference``, in float64.
 

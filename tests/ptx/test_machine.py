@@ -417,6 +417,10 @@ def test_copies_land_when_they_are_waited_for() -> None:
     np.testing.assert_array_equal(out, source)
     _, early = copied(copy + READ + "cp.async.wait_group 0;")
     assert np.isnan(early).all()
+    # What was there before is gone as soon as the copy is issued.
+    filled = "st.shared.v4.u32 [%r1], {%i, %i, %i, %i};"
+    _, early = copied(filled + copy + READ + "cp.async.wait_group 0;")
+    assert np.isnan(early).all()
     _, allowed = copied(copy + "cp.async.wait_group 1;" + READ)
     assert np.isnan(allowed).all()
     source, older = copied(copy + "cp.async.commit_group; cp.async.wait_group 1;" + READ)
