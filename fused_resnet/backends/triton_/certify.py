@@ -155,8 +155,13 @@ def complaints(case: Case, certificate: Certificate) -> list[str]:
         found.append(f"it multiplies by {certificate.tensor_kind}, not {kind}")
     loop = certificate.loop
     tile = case.config.tile if case.config is not None else None
-    if not is_dissolved(case, certificate):
+    if not is_dissolved(case):
         found += _loop_complaints(loop)
+        # With specialised warps, the copies are issued by a warp with a loop of its own.
+        specialised = case.config is not None and case.config.warp_specialize
+        copies = loop.async_copies if loop is not None and not specialised else None
+        if not (certificate.async_copies if copies is None else copies):
+            found.append("no asynchronous copies feed the main loop")
         share = loop.share if loop is not None else None
         promised = min(MIN_SHARE, tile.share if tile is not None else 0.0)
         if is_large(case.problem) and not full_precision and (share or 0) < promised - 0.01:
@@ -170,8 +175,6 @@ def _loop_complaints(loop: MainLoop | None) -> list[str]:
     if loop is None:
         return ["it has no main loop"]
     found = []
-    if not loop.async_copies:
-        found.append("no asynchronous copies feed the main loop")
     if loop.wgmma_waited_at_once:
         found.append("wgmma is waited for at once")
     if loop.divisions:
@@ -179,18 +182,12 @@ def _loop_complaints(loop: MainLoop | None) -> list[str]:
     return found
 
 
-def is_dissolved(case: Case, certificate: Certificate) -> bool:
-    """Whether the compiler made straight code of a short main loop, so that there is none to judge.
+def is_dissolved(case: Case) -> bool:
+    """Whether slices are no more than stages, so that all loads are in flight at once.
 
-    It does where slices are no more than stages: all loads are in flight at once. With specialised
-    warps it also unrolls up to eight.
+    The compiler then makes straight code of the main loop, and there is none to judge.
     """
-    count = slices(case)
-    if count <= dict(case.launch.options)["num_stages"]:
-        return True
-    specialised = case.config is not None and case.config.warp_specialize
-    found = certificate.loop.tensor if certificate.loop is not None else ()
-    return specialised and count <= 8 and not any(op.kind.startswith("tcgen05") for op in found)
+    return slices(case) <= dict(case.launch.options)["num_stages"]
 
 
 def slices(case: Case) -> int:
