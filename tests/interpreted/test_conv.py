@@ -280,6 +280,7 @@ def test_bfloat16_rounds_to_nearest_even_and_carries():
 def test_packed_weights_follow_the_parameters():
     problem = conv_problem(32, 32, 3)
     x, weight, scale, shift, residual = conv_data(problem)
+    weight = torch.nn.Parameter(weight, requires_grad=False)
     kernel = TritonConv(A100)
     before = kernel.run(problem, x, weight, scale, shift, residual)
     packed = kernel.packed(problem, weight, scale, shift)

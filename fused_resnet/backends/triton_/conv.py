@@ -176,21 +176,22 @@ def conv_kernel(
     first = tl.program_id(1) * PER_SPLIT
     last = tl.minimum(first + PER_SPLIT, STEPS)
     if MERGED > 1:
-        # A bound that the compiler cannot see keeps the loops rolled: there are two, and short ones.
+        # A bound that the compiler cannot see keeps the loops rolled: there are two.
         last = tl.minimum(last, n * STEPS).to(tl.int32)
     zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = _accumulate(
         x_ptrs, w, col0, cols, valid, w_in, first, last, 0, C, zeros,
         CT, C, S, DIL_H, DIL_W, W_TMA, R * S * C, C % BLOCK_K != 0, None, PRECISION,
     )  # fmt: skip
-    if MERGED > 1:  # noqa: SIM102 (the one is decided when compiling, the other when running)
+    if MERGED > 1:  # noqa: SIM102 (one is decided when compiling)
         if any_nonfinite(acc):
             ONE_C: tl.constexpr = C // MERGED
             ONE_K: tl.constexpr = K // MERGED
             for one in range(MERGED):
                 alone = _accumulate(
                     x_ptrs, w, col0, cols, valid, w_in, first, last, one * ONE_C,
-                    one * ONE_C + ONE_C, zeros, CT, C, S, DIL_H, DIL_W, W_TMA, R * S * C, True, 1, PRECISION,
+                    one * ONE_C + ONE_C, zeros,
+                    CT, C, S, DIL_H, DIL_W, W_TMA, R * S * C, True, 1, PRECISION,
                 )  # fmt: skip
                 mine = (cols - group * K) // ONE_K == one
                 acc = tl.where(mine[None, :], alone, acc)
