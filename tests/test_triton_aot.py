@@ -25,7 +25,14 @@ from fused_resnet.backends.triton_.certify import (
     conv_cases,
     resnet_problems,
 )
-from fused_resnet.backends.triton_.config import ARCHS, Config, Tile, heuristic, stem_pool_tile
+from fused_resnet.backends.triton_.config import (
+    ARCHS,
+    MIN_SHARE,
+    Config,
+    Tile,
+    heuristic,
+    stem_pool_tile,
+)
 from fused_resnet.backends.triton_.layout import row_weights
 from fused_resnet.backends.triton_.plans import (
     add_relu_launch,
@@ -36,6 +43,7 @@ from fused_resnet.backends.triton_.plans import (
     rows_layout,
     stem_pool_launch,
 )
+from fused_resnet.certify import certify_triton
 from fused_resnet.numerics import error, reference_conv, stock_conv
 from fused_resnet.problem import AddReluProblem, ConvProblem
 
@@ -170,6 +178,47 @@ def test_cases_cover_every_layer():
     assert names >= {"stem_pool_kernel", "add_relu_kernel", "mean_kernel", "pad_kernel"}
     # 20 distinct convolutions in ResNet-50 with the unpooled stem: 1x1, 3x3, projections.
     assert len({p for p in resnet_problems(50, 1, F16) if p.pool is None}) == 24
+
+
+def test_im2col_compiles():
+    """The Gluon kernel, which nothing has ever executed, compiles to what it is meant to be."""
+    gluon = pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from fused_resnet.backends.triton_.im2col import conv_im2col_kernel
+
+    def box(rows, cols, kind="tensordesc", rank=""):
+        language = gluon.language
+        layout = language.NVMMASharedLayout.get_default_for([rows, cols], language.float16)
+        return f"{kind}<fp16[{rows},{cols}],{rank}{layout!r}>"
+
+    types = {
+        "x": box(256, 64, "tensordesc_im2col", "input_rank=4,"),
+        "w": box(128, 64),
+        "scale": "*fp32",
+        "shift": "*fp32",
+        "residual": box(256, 64),
+        "y": box(256, 64),
+        "m": "i32",
+    }
+    constants = {
+        "C": 128, "K": 128, "OH": 28, "OW": 28, "R": 3, "S": 3, "STRIDE": 1, "PAD": 1, "SLOTS": 3,
+        "EPILOGUE": "add_relu",
+    }  # fmt: skip
+    signature = types | dict.fromkeys(constants, "constexpr")
+    aligned = {(at,): [["tt.divisibility", 16]] for at in (2, 3)}
+    source = GluonASTSource(conv_im2col_kernel, signature, constants, aligned)
+    target = GPUTarget("cuda", 90, 32)
+    certificate = certify_triton(
+        triton.compile(source, target=target, options={"num_warps": 8}), loop_warps=8
+    )
+    assert certificate.tensor_kind == "wgmma"
+    assert not certificate.spills
+    assert certificate.fits
+    assert certificate.share >= MIN_SHARE
+    assert "UTMALDG" in certificate.async_copies
+    assert not certificate.loop.wgmma_waited_at_once
 
 
 @pytest.mark.slow
