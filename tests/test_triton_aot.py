@@ -159,8 +159,8 @@ def test_what_breaks_a_promise_is_found():
         case = Case(problem, arch, launch, config)
         return " ".join(complaints(case, certify_case(case)))
 
-    # 128 x 128 accumulators in 4 warps leave too few registers for the epilogue.
-    assert "local memory" in broken(Config("conv", Tile(128, 128, 64, 4, 3), tma=True))
+    # 128 x 256 accumulators in 4 warps take all 255 registers of each thread.
+    assert "local memory" in broken(Config("conv", Tile(128, 256, 64, 4, 3), tma=True))
     # Half of the shared memory bandwidth goes to copying the weights by cp.async.
     assert "share" in broken(dataclasses.replace(good, tma=False))
     # Six stages of 32 KiB.
@@ -325,7 +325,7 @@ def test_compiled_code_adds_and_rectifies(dtype):
     a, b = torch.randn(2, 3000, generator=torch.Generator().manual_seed(3)).to(dtype)
     a[5] = float("nan")
     y = torch.zeros_like(a)
-    execute(add_relu_launch(AddReluProblem((3000,), dtype, False, True)), a, b, y, 3000)
+    execute(add_relu_launch(AddReluProblem((3000,), dtype, False, True)), a, b, y, 3000 // 8)
     assert torch.equal(y.nan_to_num(7.0), torch.relu(a + b).nan_to_num(7.0))
 
 

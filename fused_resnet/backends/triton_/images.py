@@ -97,14 +97,18 @@ def mean_kernel(
     tl.store(y + image * C + c, round_to(mean, y.dtype.element_ty), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["size"])
-def add_relu_kernel(a, b, y, size, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Compute y = relu(a + b) over flat arrays of ``size`` elements; y may be a. Grid (blocks)."""
+@triton.jit(do_not_specialize=["units"])
+def add_relu_kernel(a, b, y, units, UNIT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Compute y = relu(a + b) over flat arrays of ``units`` * UNIT elements; y may be a.
+
+    The mask is the same for UNIT neighbours, so that accesses are as wide. Grid (blocks).
+    """
     block = tl.program_id(0)
     if WIDE:
         block = block.to(tl.int64)
+        units = units.to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
+    mask = at < units * UNIT
     z = tl.load(a + at, mask=mask, other=0.0).to(tl.float32)
     # The sum of two values of one dtype is rounded as torch rounds it, before the ReLU; that ReLU
     # is exact, so one rounding at the end is the same.

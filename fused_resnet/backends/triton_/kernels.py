@@ -18,7 +18,7 @@ from .device import arch_of, on_device, precision_of, refusal
 from .launch import bind
 from .layout import channels_last, vector
 from .paths import Path, StemPoolPath, Weights, make_path
-from .plans import add_relu_launch
+from .plans import add_relu_launch, flat_unit
 
 #: The max-pool of a ResNet stem, the one that is fused.
 STEM_POOL = MaxPool(kernel=(3, 3), stride=(2, 2), padding=(1, 1))
@@ -170,7 +170,7 @@ class TritonAddRelu(Kernel):
         y = a if problem.inplace else torch.empty_like(a)
         start = _add_relu_start(problem, a.device, _aligned(a, b, y))
         with on_device(a.device):
-            start(a, b, y, a.numel())
+            start(a, b, y, a.numel() // flat_unit(a.numel()))
         return y
 
 

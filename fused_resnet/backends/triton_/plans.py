@@ -324,11 +324,15 @@ def mean_launch(n: int, c: int, pixels: int, dtype: torch.dtype) -> Launch:
     return _launch(mean_kernel, signature, constants, _PLAIN, (n, math.ceil(c / block_c), 1))
 
 
+def flat_unit(size: int) -> int:
+    """Elements that a flat array of ``size`` elements is a multiple of: up to 16."""
+    return math.gcd(size, 16)
+
+
 def add_relu_launch(problem: AddReluProblem, aligned: bool = True) -> Launch:
     """``relu(a + b)`` over flat memory; ``aligned`` says that all arrays start at 16 bytes."""
     kind = pointer(problem.dtype, aligned)
     size = math.prod(problem.shape)
-    wide = is_wide(size)
-    signature = [("a", kind), ("b", kind), ("y", kind), ("size", "i64" if wide else "i32")]
-    constants = {"BLOCK": _FLAT, "WIDE": wide}
+    signature = [("a", kind), ("b", kind), ("y", kind), ("units", "i32")]
+    constants = {"UNIT": flat_unit(size), "BLOCK": _FLAT, "WIDE": is_wide(size)}
     return _launch(add_relu_kernel, signature, constants, _PLAIN, (math.ceil(size / _FLAT), 1, 1))
