@@ -17,6 +17,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fused_resnet.freshness import Sources, capturing, keep, state_of, storages
 
@@ -24,8 +26,15 @@ _FROZEN = "FrozenBatchNorm2d"
 
 
 def is_plain_conv(module: object) -> bool:
-    """Whether ``module`` computes exactly what ``nn.Conv2d`` computes."""
-    return isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
+    """Whether ``module`` computes what ``nn.Conv2d`` computes, from parameters of its own."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and type(module).forward is nn.Conv2d.forward
+        and type(module)._conv_forward is nn.Conv2d._conv_forward
+        and "forward" not in vars(module)
+        # A parametrized weight may change at every access, as that of spectral_norm does.
+        and not parametrize.is_parametrized(module)
+    )
 
 
 def why_not_foldable(bn: nn.Module | None) -> str | None:
@@ -41,6 +50,10 @@ def why_not_foldable(bn: nn.Module | None) -> str | None:
         plain = nn.BatchNorm2d if isinstance(bn, nn.BatchNorm2d) else nn.SyncBatchNorm
         if type(bn).forward is not plain.forward:
             return f"{name} overrides the forward of {plain.__name__}"
+        if "forward" in vars(bn):
+            return f"the forward of this {name} was replaced"
+        if parametrize.is_parametrized(bn):
+            return f"{name} is parametrized"
         if bn.running_mean is None or bn.running_var is None:
             return (
                 f"{name} keeps no running statistics, so it normalises by the batch's in eval too"
@@ -175,6 +188,18 @@ def refresh(model: nn.Module) -> None:
                     torch.autograd.graph.increment_version(t)
 
 
+def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Move the version counters of what an optimizer has changed: fused ones don't do it."""
+    if not torch.compiler.is_compiling():
+        for group in optimizer.param_groups:
+            torch.autograd.graph.increment_version(
+                [p for p in group["params"] if not p.is_inference()]
+            )
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
     """(scale, shift) that stand for the bias of ``conv`` and for ``bn`` in eval mode, cached.
 
@@ -191,7 +216,10 @@ def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
     weight = conv.weight
     if torch.compiler.is_compiling():
         return _fold_any(weight, *sources)
-    tensors = (bias, gamma, beta, mean, var)
+    # batch_norm writes running statistics without moving their version counters, but the module
+    # counts its batches.
+    counter = None if bn is None else bn._buffers.get("num_batches_tracked")
+    tensors = (bias, gamma, beta, mean, var, counter)
     state = state_of(tensors)
     if state is None:
         # A tensor made in inference mode: an edit of it would go unseen, so nothing is kept.

@@ -8,6 +8,7 @@ modules: where a batch norm uses batch statistics, or a module is not what these
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -26,15 +27,14 @@ _add_relu_inplace_op = torch.ops.fused_resnet.add_relu_.default
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    try:
-        h, w = value
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{name} must be an int or a pair (height, width), got {value!r}"
-        ) from None
-    return h, w
+    pair = (value, value) if isinstance(value, int | torch.SymInt) else value
+    if (
+        not isinstance(pair, Sequence)
+        or len(pair) != 2
+        or not all(isinstance(v, int | torch.SymInt) for v in pair)
+    ):
+        raise ValueError(f"{name} must be an int or a pair (height, width), got {value!r}")
+    return cast(tuple[int, int], tuple(pair))
 
 
 def _same_padding(kernel: int, dilation: int) -> tuple[int, int]:
@@ -90,8 +90,8 @@ def conv_affine_act(
     """
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     if isinstance(padding, str):
-        if padding == "valid":
-            padding = (0, 0)
+        if padding == "valid" or x.dim() != 4 or weight.dim() != 4:
+            padding = (0, 0)  # the op names what is wrong with a rank
         elif padding == "same":
             if stride != (1, 1):
                 raise ValueError(f"padding 'same' needs stride 1, got {stride}")
@@ -213,8 +213,10 @@ def add_relu(a: Tensor, b: Tensor, *, inplace: bool = False) -> Tensor:
 
 
 def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class says: hooks, or a forward of its own."""
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -305,7 +307,8 @@ def conv_bn_act(
     if _is_proxy(x):
         return _traced(conv_bn_act, x, conv, bn, act, residual, act_before_add=act_before_add)
     relu = act is None or (type(act) is nn.ReLU and not _has_hooks(act))
-    if not _is_fused(conv, bn) or (act_before_add and not relu):
+    # nn.Conv2d takes an image without a batch dimension; the op does not.
+    if x.dim() != 4 or not _is_fused(conv, bn) or (act_before_add and not relu):
         y: Tensor = conv(x)
         if bn is not None:
             y = bn(y)
@@ -362,7 +365,8 @@ def conv_bn_act_maxpool(
     if _is_proxy(x):
         return _traced(conv_bn_act_maxpool, x, conv, bn, act, pool)
     if (
-        type(act) is not nn.ReLU
+        x.dim() != 4
+        or type(act) is not nn.ReLU
         or _has_hooks(act)
         or why_not_poolable(pool) is not None
         or not _is_fused(conv, bn)

@@ -14,13 +14,15 @@ of the kernel is remembered with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_resnet import backends
+from fused_resnet.freshness import Snapshot, keep, persistent
 from fused_resnet.problem import (
     DTYPES,
     EPILOGUES,
@@ -289,6 +291,8 @@ def _conv(
         return x.new_empty(shape).as_strided(shape, channels_last_strides(*shape))
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
+    # Kernels read the vectors as flat arrays.
+    scale, shift = scale.contiguous(), shift.contiguous()
     return _channels_last(backends.run(choice, x, weight, scale, shift, residual))
 
 
@@ -354,12 +358,24 @@ def _add_relu(a: Tensor, b: Tensor) -> Tensor:
     return y if y.stride() == a.stride() else torch.empty_like(a).copy_(y)
 
 
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether a and b may overlap without being the same: writing a could change b unread."""
+    return (
+        a.layout == b.layout == torch.strided
+        and a.device == b.device
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and (a.data_ptr() != b.data_ptr() or a.stride() != b.stride())
+    )
+
+
 def _add_relu_(a: Tensor, b: Tensor) -> None:
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         raise RuntimeError(
             "fused_resnet::add_relu_ has no gradient, but a or b requires one; use add_relu, or "
             "fused_resnet.functional.add_relu(a, b, inplace=True)"
         )
+    if _share_memory(a, b):
+        b = b.clone()
     choice = _add_choice(a, b, True)
     if a.numel() != 0:
         version = a._version if not a.is_inference() else None
@@ -520,26 +536,41 @@ def _autocast(op: Callable[..., Any], device: str, kept: tuple[int, ...]) -> Cal
     """The autocast rule of ``op``: cast every tensor but those at the positions ``kept``."""
     excluded = _autocast_keys(device)
 
-    def cast(t: Any, dtype: torch.dtype) -> Any:
-        castable = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if castable and t.device.type == device else t
-
     def rule(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
-        cast_args = [
-            (
-                a.float()
-                if isinstance(a, Tensor) and a.dtype in (torch.float16, torch.bfloat16)
-                else a
-            )
-            if i in kept
-            else cast(a, dtype)
+        cast = [
+            _autocast_cast(a, torch.float32 if i in kept else dtype, device)
             for i, a in enumerate(args)
         ]
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return op(*cast_args)
+            return op(*cast)
 
     return rule
+
+
+def _autocast_cast(value: Any, dtype: torch.dtype, device: str) -> Any:
+    """``value`` in ``dtype`` if it is a tensor that autocast casts: floating, but not float64."""
+    if (
+        not isinstance(value, Tensor)
+        or value.dtype == dtype
+        or value.dtype == torch.float64
+        or value.device.type != device
+        or not value.is_floating_point()
+    ):
+        return value
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not persistent(value):
+        return value.to(dtype)
+    # A weight: kept, so that kernels know it again and pack it once.
+    kept = _casts.get(value)
+    if kept is None or kept[1].dtype != dtype or not kept[0].holds((value,)):
+        with torch.inference_mode(False):
+            kept = Snapshot((value,)), keep(value.detach().to(dtype))
+        _casts[value] = kept
+    return kept[1]
+
+
+#: Weights in the dtype of autocast, as long as they live and are not changed.
+_casts: MutableMapping[Tensor, tuple[Snapshot, Tensor]] = WeakTensorKeyDictionary()
 
 
 def _autocast_add(op: Callable[..., Any], device: str) -> Callable[..., Any]:
