@@ -74,7 +74,7 @@ def _load_tiles(
                     tma.async_load_im2col(
                         x,
                         [image, iy, ix, c],
-                        [r.to(gl.int16), s.to(gl.int16)],
+                        [r.to(gl.int16), s.to(gl.int16)],  # type: ignore[attr-defined]
                         full.index(slot),
                         xs.index(slot),
                     )
