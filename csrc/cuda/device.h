@@ -5,13 +5,12 @@
 // tests/emulator, so that one source is compiled for the GPU and executed, and checked, on the CPU.
 //
 // Besides what is declared here a kernel may use these names of CUDA C++, which the emulator has
-// too:
+// too, and <cstdint> and <cmath>:
 //   threadIdx blockIdx blockDim gridDim, __syncthreads, __syncwarp, __shfl_sync, __shfl_up_sync,
 //   __shfl_down_sync, __shfl_xor_sync, __ballot_sync, __any_sync, __all_sync, __threadfence,
 //   atomicAdd (int, unsigned, float), min, max, __umulhi, __popc, __clz, __float_as_uint,
-//   __uint_as_float, dim3, float2, float4, int2, int4, uint2, uint3, uint4 and their make_
-//   functions,
-//   __half, __nv_bfloat16 (as storage: convert with the functions below), and <cstdint>, <cmath>.
+//   __uint_as_float, __half and __nv_bfloat16 (storage only: convert with the functions below),
+//   dim3, uint3, int2, uint2, float2, int4, uint4, float4 and their make_ functions.
 //
 // All accesses wider than an element go through load_global, store_global, load_shared and
 // store_shared: that fixes their width in the machine code, and lets the emulator count it.
