@@ -429,8 +429,15 @@ __device__ __forceinline__ void conv_block(const ConvArgs& args, char* shared) {
   Loader loader(args, first_pixel, first_channel, group, first_slice, slices);
   typename Math::template Fragments<kTilesM, kTilesN> fragments[2];
   float sums[kTilesM][kTilesN][4] = {};
-  auto load_fragments = [&](int set, const char* stage, int step) {
-    Math::template load<Rows, kRowMask>(fragments[set], stage + warp_a, stage + warp_b, step);
+  const auto load_fragments = [&](int set, const char* stage, int step) {
+    Math::load(
+        fragments[set], step,
+        [&](int i, int row, int chunk) {
+          return stage + warp_a + i * 16 * Tile::kRowBytes + Rows::offset(row & kRowMask, chunk);
+        },
+        [&](int j, int row, int chunk) {
+          return stage + warp_b + j * 8 * Tile::kRowBytes + Rows::offset(row, chunk);
+        });
   };
 
   // All but one of the buffers begin full, or on their way.

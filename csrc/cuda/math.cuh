@@ -1,13 +1,17 @@
 // How a warp multiplies two operand tiles in shared memory: one policy per arithmetic.
 //
-// Both operands lie in a SmemTile with the reduction along the row: A as [M][K], B as [N][K]. A
-// policy takes the reduction in steps of kStepBytes of every row. Whatever the arithmetic, the
-// accumulators lie as mma.m16n8 leaves them: sums[i][j][q] of lane l is row 16 i + l / 4 + 8 (q /
-// 2), column 8 j + 2 (l % 4) + q % 2 of the warp's tile, so that one epilogue serves all.
+// Both operands lie in shared memory with the reduction along the row, in chunks of 16 bytes: A as
+// [M][K], B as [N][K]. A policy takes the reduction in steps of kStepBytes of every row, and asks
+// where the operands lie: `a_at(i, row, chunk)` is the address of a chunk of row 16 i + row of the
+// warp's A, `b_at(j, row, chunk)` that of row 8 j + row of its B. Eight lanes that read together
+// ask for one chunk of rows 8 apart at most.
+//
+// Whatever the arithmetic, the accumulators lie as mma.m16n8 leaves them: sums[i][j][q] of lane l
+// is row 16 i + l / 4 + 8 (q / 2), column 8 j + 2 (l % 4) + q % 2 of the warp's tile, so that one
+// epilogue serves all.
 #pragma once
 
 #include "device.h"
-#include "smem_tile.cuh"
 
 namespace fused_resnet::device {
 
@@ -24,25 +28,21 @@ struct TensorCoreMath {
     uint32_t b[kTilesN][2];  // 8 columns x 32 bytes each
   };
 
-  // `a` and `b` are the first rows of the warp's tiles; multiples of 8 rows. kRowMask is 15 but for
-  // a seeded bug.
-  template <class Tile, int kRowMask, int kTilesM, int kTilesN>
-  __device__ static __forceinline__ void load(Fragments<kTilesM, kTilesN>& fragments, const char* a,
-                                              const char* b, int step) {
+  template <int kTilesM, int kTilesN, class AddressA, class AddressB>
+  __device__ static __forceinline__ void load(Fragments<kTilesM, kTilesN>& fragments, int step,
+                                              AddressA a_at, AddressB b_at) {
     static_assert(kTilesN % 2 == 0, "one ldmatrix brings two column tiles");
     const int lane = threadIdx.x % kWarpSize;
     // Matrices 0 and 1 are rows 0-7 and 8-15 of the first chunk, 2 and 3 of the second.
-    const int a_offset = Tile::offset(lane & kRowMask, lane / 16) ^ (step * kStepBytes);
-    // Matrices 0 and 1 are the two chunks of columns 0-7, 2 and 3 those of columns 8-15.
-    const int b_offset = Tile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2) ^ (step * kStepBytes);
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) {
-      ldmatrix(fragments.a[i], a + a_offset + i * 16 * Tile::kRowBytes);
+      ldmatrix(fragments.a[i], a_at(i, lane % 16, step * 2 + lane / 16));
     }
+    // Matrices 0 and 1 are the two chunks of columns 0-7, 2 and 3 those of columns 8-15.
 #pragma unroll
     for (int j = 0; j < kTilesN; j += 2) {
       uint32_t pair[4];
-      ldmatrix(pair, b + b_offset + j * 8 * Tile::kRowBytes);
+      ldmatrix(pair, b_at(j, lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
       fragments.b[j][0] = pair[0];
       fragments.b[j][1] = pair[1];
       fragments.b[j + 1][0] = pair[2];
@@ -73,8 +73,7 @@ using BFloat16Math = TensorCoreMath<__nv_bfloat16, __nv_bfloat16>;
 using Tf32Math = TensorCoreMath<float, tf32>;
 
 // fp32 on the ordinary cores. A step is one chunk, 4 elements of every row: a lane reads the chunks
-// of its own rows and columns, two of each for every 16 x 8 tile. Lanes of a quarter warp read two
-// rows of A and four of B, which the swizzle puts into different banks.
+// of its own rows and columns, two of each for every 16 x 8 tile.
 struct Float32Math {
   using Element = float;
   static constexpr int kStepBytes = 16;
@@ -85,21 +84,19 @@ struct Float32Math {
     float4 b[kTilesN][2];
   };
 
-  template <class Tile, int kRowMask, int kTilesM, int kTilesN>
-  __device__ static __forceinline__ void load(Fragments<kTilesM, kTilesN>& fragments, const char* a,
-                                              const char* b, int step) {
+  template <int kTilesM, int kTilesN, class AddressA, class AddressB>
+  __device__ static __forceinline__ void load(Fragments<kTilesM, kTilesN>& fragments, int step,
+                                              AddressA a_at, AddressB b_at) {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int a_offset = Tile::offset((lane / 4 + half * 8) & kRowMask, step);
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i) {
-        fragments.a[i][half] = load_shared<float4>(a + a_offset + i * 16 * Tile::kRowBytes);
+        fragments.a[i][half] = load_shared<float4>(a_at(i, lane / 4 + half * 8, step));
       }
-      const int b_offset = Tile::offset(lane % 4 * 2 + half, step);
 #pragma unroll
       for (int j = 0; j < kTilesN; ++j) {
-        fragments.b[j][half] = load_shared<float4>(b + b_offset + j * 8 * Tile::kRowBytes);
+        fragments.b[j][half] = load_shared<float4>(b_at(j, lane % 4 * 2 + half, step));
       }
     }
   }

@@ -20,9 +20,8 @@ struct SmemTile {
     return kRowBytes == 128 ? row & 7 : (row >> 1) & 3;
   }
 
-  // Byte offset of a chunk. Since key() repeats every 8 rows, offset(row + 8 * i, chunk) is
-  // offset(row, chunk) + 8 * i * kRowBytes; and offset(row, chunk ^ x) is offset(row, chunk) ^ 16 *
-  // x.
+  // Byte offset of a chunk. key() repeats every 8 rows, so offset(row + 8 * i, chunk) is
+  // offset(row, chunk) + 8 * i * kRowBytes.
   __device__ static __forceinline__ int offset(int row, int chunk) {
     return row * kRowBytes + ((chunk ^ key(row)) << 4);
   }
