@@ -36,6 +36,10 @@ class Kernel(ABC):
     def supports(self, problem: Any, device: torch.device) -> str | None:
         """None if this kernel computes ``problem`` on ``device``, else the reason why it does not."""
 
+    def promising(self, problem: Any, device: torch.device) -> bool:
+        """Whether this kernel is expected to be quick here; untuned choice tries such kernels first."""
+        return True
+
     @abstractmethod
     def run(self, problem: Any, *args: Any) -> Tensor:
         """Compute the op; see the class for the arguments."""

@@ -1,0 +1,45 @@
+"""Types of the compiled extension, which is built from csrc/ops.cpp."""
+
+from torch import Tensor
+
+def add_relu(a: Tensor, b: Tensor, inplace: bool) -> Tensor:
+    """``relu(a + b)`` of dense CPU tensors of one shape, dtype and strides.
+
+    Shapes are any; dtypes float32, float16, bfloat16 and float64. 16-bit floats are added in fp32
+    and rounded once. With ``inplace`` the result is written to, and is, ``a``. Knows no autograd.
+
+    Raises:
+        ValueError: the tensors are not on the CPU, differ in shape or strides, are not dense, or,
+            with ``inplace``, overlap in part.
+        TypeError: the tensors differ in dtype, or it is none of the four.
+    """
+
+def isa() -> str:
+    """The instruction-set level that the kernels use: ``generic``, ``avx2`` or ``avx512``.
+
+    It is the highest that the CPU and the operating system support, unless the environment variable
+    ``FUSED_RESNET_ISA`` names a lower one.
+
+    Raises:
+        ValueError: ``FUSED_RESNET_ISA`` names no level, or one that this CPU cannot run.
+    """
+
+def set_isa(isa: str) -> None:
+    """Use another level, for the whole process.
+
+    Raises:
+        ValueError: ``isa`` is none of ``isa_available()``.
+    """
+
+def isa_available() -> list[str]:
+    """The levels that this CPU can run, lowest first."""
+
+def cpu_features() -> dict[str, bool]:
+    """Whether the CPU has ``avx512_bf16`` and ``amx_bf16``, which lie beyond the level."""
+
+def build_info() -> dict[str, object]:
+    """What the extension was built with.
+
+    Keys: ``compiler``, ``cplusplus`` (the standard, as ``__cplusplus``), ``openmp``, ``torch`` (the
+    version built against), ``cuda`` (None, or a dict of ``version`` and ``archs``).
+    """

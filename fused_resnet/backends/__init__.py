@@ -1,0 +1,248 @@
+"""Which kernel runs: the registry of all kernels, the override, and the choice among them.
+
+Order of choice: what the user forces > heuristic order. A kernel is offered a problem only if it says
+that it supports it and has been verified in this process, on this device and dtype, against float64;
+stock torch comes last and always can. Every refusal is kept with its reason: `choose` returns them,
+and `observe` tells which kernels ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends import cpu, library, torch_
+from fused_resnet.backends.kernel import Kernel, PackedKernel
+from fused_resnet.backends.verify import verify
+from fused_resnet.problem import Problem
+
+#: Every kernel, those of the backend that heuristics prefer first. ``torch`` is last: it can do all.
+KERNELS: tuple[Kernel, ...] = cpu.KERNELS + library.KERNELS + torch_.KERNELS
+
+#: Backends by name, in heuristic order.
+NAMES: tuple[str, ...] = tuple(dict.fromkeys(k.backend for k in KERNELS))
+
+#: Environment variable that forces backends: one name, or several separated by commas.
+ENV = "FUSED_RESNET_BACKEND"
+
+
+class FusedResNetWarning(UserWarning):
+    """Something ran otherwise than asked for or expected; the message says what and why."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that computes a problem, and why the ones before it do not.
+
+    Attributes:
+        kernel: what runs.
+        problem: what it computes.
+        device: where.
+        rejected: (full name, reason) of every kernel that was considered first.
+    """
+
+    kernel: Kernel
+    problem: Problem
+    device: torch.device
+    rejected: tuple[tuple[str, str], ...] = ()
+
+
+_observers: ContextVar[tuple[list[Choice], ...]] = ContextVar("fused_resnet_observers", default=())
+_lock = threading.RLock()
+# (kernel, op, device, dtype) -> None once verified, else why it must not be used.
+_verdicts: dict[tuple[Kernel, torch.device, torch.dtype], str | None] = {}
+_warned: set[str] = set()
+_generation = 0
+
+
+def _validated(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"unknown backend {name!r}; available: {', '.join(NAMES)}")
+    if not names:
+        raise ValueError(f"name at least one backend of {', '.join(NAMES)}")
+    return names
+
+
+def _from_environment() -> tuple[str, ...] | None:
+    value = os.environ.get(ENV, "")
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    try:
+        return _validated(names) if names else None
+    except ValueError as e:
+        raise ValueError(f"environment variable {ENV}={value!r}: {e}") from None
+
+
+#: The override within this thread or task; the environment variable, read once, is its default.
+_forced: ContextVar[tuple[str, ...] | None] = ContextVar(
+    "fused_resnet_backend", default=_from_environment()
+)
+
+#: The backends that `backend` or the environment variable force at this point, if any.
+forced = _forced.get
+
+
+@contextlib.contextmanager
+def backend(*names: str) -> Iterator[None]:
+    """Force a backend, or several in order of preference, within a ``with`` block.
+
+    A problem that none of them supports is still computed, by stock torch, and a `FusedResNetWarning`
+    says so once. The block affects the current thread (or task) only.
+
+    Args:
+        *names: of ``fused_resnet.backends.NAMES``.
+
+    Raises:
+        ValueError: for an unknown name.
+
+    Example:
+        >>> with fused_resnet.backend("torch"):
+        ...     y = model(x)
+    """
+    token = _forced.set(_validated(names))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def generation() -> int:
+    """A number that changes whenever an earlier choice may no longer hold."""
+    return _generation
+
+
+@contextlib.contextmanager
+def observe() -> Iterator[list[Choice]]:
+    """Collect the choice behind every fused op that runs within the block, in order.
+
+    Example:
+        >>> with fused_resnet.backends.observe() as choices:
+        ...     model(x)
+        >>> print(choices[0].kernel.full_name)
+    """
+    seen: list[Choice] = []
+    token = _observers.set((*_observers.get(), seen))
+    try:
+        yield seen
+    finally:
+        _observers.reset(token)
+
+
+def candidates(op: str, problem: Problem, device: torch.device) -> list[Kernel]:
+    """All kernels of ``op`` in the order in which they would be tried, supported or not."""
+    names = forced()
+    order = NAMES if names is None else (*(n for n in names if n != "torch"), "torch")
+    if names is not None and "torch" in names:
+        order = names[: names.index("torch") + 1]
+    ranked = [k for name in order for k in KERNELS if k.op == op and k.backend == name]
+    # A stable sort: backends keep their order among the promising and among the rest; torch is last.
+    return sorted(ranked, key=lambda k: (k.backend == "torch", not k.promising(problem, device)))
+
+
+def choose(op: str, problem: Problem, device: torch.device) -> Choice:
+    """The first candidate that supports the problem and is verified on this device.
+
+    Args:
+        op: name of the op without its namespace.
+        problem: what is to be computed.
+        device: of the tensors.
+    """
+    rejected: list[tuple[str, str]] = []
+    for kernel in candidates(op, problem, device):
+        reason = kernel.supports(problem, device)
+        if reason is None:
+            reason = verdict(kernel, device, problem.dtype)
+        if reason is None:
+            names = forced()
+            if names is not None and kernel.backend not in names:
+                why = "; ".join(f"{name}: {text}" for name, text in rejected)
+                _warn_once(
+                    f"backend {','.join(names)} was forced but cannot compute {problem} "
+                    f"({why or 'it has no kernel for ' + op}); {kernel.full_name} runs instead"
+                )
+            return Choice(kernel, problem, device, tuple(rejected))
+        rejected.append((kernel.full_name, reason))
+    raise RuntimeError(f"no kernel computes {problem} on {device}: {rejected}")
+
+
+def verdict(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if ``kernel`` may be used on ``device``, else why not; verified at the first question."""
+    if kernel.backend == "torch":
+        return None
+    key = (kernel, device, dtype)
+    if key not in _verdicts:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "not verified yet, and a CUDA graph is being captured; run once before capture"
+        with _lock:
+            if key not in _verdicts:
+                reason = verify(kernel, device, dtype)
+                _verdicts[key] = reason
+                if reason is not None:
+                    _warn_once(f"{kernel.full_name} is not used on {device} in {dtype}: {reason}")
+    return _verdicts[key]
+
+
+def run(choice: Choice, *args: Tensor | None) -> Tensor:
+    """Run a choice; if its kernel raises, say so once and run the next one.
+
+    Out-of-memory errors are the caller's to handle and pass through.
+    """
+    for seen in _observers.get():
+        seen.append(choice)
+    kernel = choice.kernel
+    if kernel.backend == "torch":
+        return kernel.run(choice.problem, *args)
+    try:
+        return kernel.run(choice.problem, *args)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:
+        reject(kernel, choice.device, choice.problem.dtype, f"it raised {type(e).__name__}: {e}")
+    for seen in _observers.get():
+        seen.pop()
+    return run(choose(kernel.op, choice.problem, choice.device), *args)
+
+
+def reject(kernel: Kernel, device: torch.device, dtype: torch.dtype, reason: str) -> None:
+    """Never use ``kernel`` again on this device and dtype in this process, and warn once why."""
+    global _generation
+    with _lock:
+        _verdicts[kernel, device, dtype] = reason
+        _generation += 1
+    _warn_once(f"{kernel.full_name} is no longer used on {device} in {dtype}: {reason}")
+
+
+def _warn_once(message: str) -> None:
+    with _lock:
+        if message in _warned:
+            return
+        _warned.add(message)
+    warnings.warn(message, FusedResNetWarning, stacklevel=3)
+
+
+__all__ = [
+    "ENV",
+    "KERNELS",
+    "NAMES",
+    "Choice",
+    "FusedResNetWarning",
+    "Kernel",
+    "PackedKernel",
+    "backend",
+    "candidates",
+    "choose",
+    "forced",
+    "generation",
+    "observe",
+    "reject",
+    "run",
+    "verdict",
+]

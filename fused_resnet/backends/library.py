@@ -1,0 +1,200 @@
+"""Backend ``library``: the fused convolutions that ATen already has, with weights prepacked.
+
+CPU: oneDNN convolutions with post-operations (`mkldnn::_convolution_pointwise`). CUDA: cuDNN's
+`cudnn_convolution_relu` and `cudnn_convolution_add_relu`. In fp32 the scale is folded into fp32 weights
+(computed in float64, so that folding costs at most half a rounding unit of a weight). Scale and shift
+are never rounded into half-precision weights: for bf16 the convolution keeps its own weights and one
+further pass applies scale, shift, residual and ReLU in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends.cpu import affine_act_
+from fused_resnet.backends.kernel import Kernel, PackedKernel
+from fused_resnet.backends.torch_ import finish
+from fused_resnet.problem import ConvProblem
+
+
+class Packed(NamedTuple):
+    """Weights as a kernel wants them, and the bias that stands for the shift (None: not folded)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def fold_scale(weight: Tensor, scale: Tensor) -> Tensor:
+    """fp32 ``weight`` [K, C, R, S] times ``scale`` [K], multiplied in float64 and rounded once."""
+    return (weight.double() * scale.double().view(-1, 1, 1, 1)).to(weight.dtype)
+
+
+class OneDnnConv(PackedKernel):
+    """oneDNN with prepacked weights; residual and ReLU ride along as post-operations in fp32."""
+
+    backend, op, name = "library", "conv_affine_act", "onednn"
+
+    def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
+        """CPU, fp32 and bf16."""
+        if device.type != "cpu":
+            return f"oneDNN runs on CPU tensors, not on {device.type}"
+        if not torch.backends.mkldnn.is_available():
+            return "this torch was built without oneDNN"
+        if not torch.backends.mkldnn.enabled:  # type: ignore[truthy-function]
+            return "torch.backends.mkldnn.flags has oneDNN switched off"
+        if problem.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "this CPU has no bf16 instructions that oneDNN could use (AVX-512)"
+        if problem.dtype not in (torch.float32, torch.bfloat16):
+            return f"only float32 and bfloat16 are offered, not {problem.dtype}"
+        return None
+
+    def pack_key(self, problem: ConvProblem) -> tuple[object, ...]:
+        """OneDNN picks the layout of the weights for one geometry."""
+        size = (problem.n, problem.h, problem.w)
+        return (*size, problem.stride, problem.padding, problem.dilation)
+
+    def prepare(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
+        """Weights in oneDNN's blocked layout, with the scale folded in where that is exact enough."""
+        bias: Tensor | None = shift.detach()
+        weight = weight.detach()
+        if problem.dtype == torch.float32:
+            weight = fold_scale(weight, scale)
+        elif not bool((scale == 1).all()):
+            bias = None
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            weight.contiguous(memory_format=torch.channels_last),
+            problem.padding,
+            problem.stride,
+            problem.dilation,
+            problem.groups,
+            [problem.n, problem.c, problem.h, problem.w],
+        )
+        return Packed(packed, bias)
+
+    def run(self, problem: ConvProblem, *args: Any) -> Tensor:
+        """See `Kernel`."""
+        x, weight, scale, shift, residual = args
+        p = problem
+        packed = self.packed(p, weight, scale, shift)
+        geometry = (p.padding, p.stride, p.dilation, p.groups)
+        x = x.contiguous(memory_format=torch.channels_last)
+        conv = torch.ops.mkldnn._convolution_pointwise
+        if packed.bias is None:
+            y = conv.default(x, packed.weight, None, *geometry, "none", [], "")
+            return affine_act_(y, scale, shift, residual, p.epilogue)
+        if p.epilogue in ("add", "add_relu") and p.dtype == torch.float32:
+            act = "relu" if p.epilogue == "add_relu" else None
+            return conv.binary(
+                x, residual, packed.weight, packed.bias, *geometry, "add", 1.0, act, [], ""
+            )
+        act = "relu" if p.epilogue.startswith("relu") else "none"
+        y = conv.default(x, packed.weight, packed.bias, *geometry, act, [], "")
+        if residual is None:
+            return y
+        return finish(y, residual, "add" if p.epilogue == "add" else "add_relu")
+
+
+class OneDnnStem(OneDnnConv):
+    """The stem: convolution, scale, shift and ReLU in one oneDNN call, then max_pool2d."""
+
+    op = "conv_affine_relu_maxpool"
+
+    def run(self, problem: ConvProblem, *args: Any) -> Tensor:
+        """See `Kernel`."""
+        assert problem.pool is not None
+        y = super().run(problem, *args)
+        return torch.max_pool2d(y, problem.pool.kernel, problem.pool.stride, problem.pool.padding)
+
+
+class FoldedAtenConv(PackedKernel):
+    """conv2d with the scale folded into fp32 weights and the shift as its bias, then add and ReLU.
+
+    For small inputs ATen's own convolution starts several times quicker than oneDNN does.
+    """
+
+    backend, op, name = "library", "conv_affine_act", "aten_folded"
+
+    def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
+        """CPU, fp32."""
+        if device.type != "cpu":
+            return f"meant for small inputs on the CPU, not for {device.type}"
+        if problem.dtype != torch.float32:
+            return f"folding the scale into {problem.dtype} weights would round it"
+        return None
+
+    def promising(self, problem: ConvProblem, device: torch.device) -> bool:
+        """Where ATen leaves oneDNN aside by itself: one small image, few weights."""
+        weights = problem.k * (problem.c // problem.groups) * problem.r * problem.s
+        return (
+            problem.n == 1
+            and problem.c * problem.h * problem.w <= 20480
+            and problem.groups == 1
+            and max(problem.r, problem.s) <= 3
+            and weights <= 65536
+        )
+
+    def prepare(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
+        """Folded weights, dense in channels_last order."""
+        folded = fold_scale(weight.detach(), scale)
+        return Packed(folded.contiguous(memory_format=torch.channels_last), shift.detach())
+
+    def run(self, problem: ConvProblem, *args: Any) -> Tensor:
+        """See `Kernel`."""
+        x, weight, scale, shift, residual = args
+        packed = self.packed(problem, weight, scale, shift)
+        y = torch.conv2d(
+            x.contiguous(memory_format=torch.channels_last),
+            packed.weight,
+            packed.bias,
+            problem.stride,
+            problem.padding,
+            problem.dilation,
+            problem.groups,
+        )
+        return finish(y, residual, problem.epilogue)
+
+
+class CudnnConv(PackedKernel):
+    """cuDNN's convolution + bias (+ residual) + ReLU in one call, fp32 (TF32 as torch's flag says)."""
+
+    backend, op, name = "library", "conv_affine_act", "cudnn_relu"
+
+    def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
+        """CUDA (not ROCm), fp32, epilogues that end in the ReLU that the call contains."""
+        if device.type != "cuda" or torch.version.hip is not None:
+            return f"cuDNN runs on NVIDIA GPUs, not on {device.type}"
+        if not torch.backends.cudnn.is_available() or not torch.backends.cudnn.enabled:
+            return "cuDNN is not available or switched off"
+        if problem.dtype != torch.float32:
+            return f"folding the scale into {problem.dtype} weights would round it"
+        if problem.epilogue not in ("relu", "add_relu"):
+            return f"cuDNN's call ends in a ReLU, epilogue {problem.epilogue!r} does not fit it"
+        return None
+
+    def prepare(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
+        """Folded weights, dense in channels_last order."""
+        folded = fold_scale(weight.detach(), scale)
+        return Packed(folded.contiguous(memory_format=torch.channels_last), shift.detach())
+
+    def run(self, problem: ConvProblem, *args: Any) -> Tensor:
+        """See `Kernel`."""
+        x, weight, scale, shift, residual = args
+        packed = self.packed(problem, weight, scale, shift)
+        x = x.contiguous(memory_format=torch.channels_last)
+        geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, packed.weight, packed.bias, *geometry)
+        return torch.cudnn_convolution_add_relu(
+            x, packed.weight, residual, 1.0, packed.bias, *geometry
+        )
+
+
+KERNELS: tuple[Kernel, ...] = (
+    FoldedAtenConv(),
+    OneDnnConv(),
+    OneDnnStem(),
+    CudnnConv(),
+)

@@ -1,0 +1,108 @@
+"""A kernel's entrance test: once per process, device and dtype, on small problems, against float64."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends.kernel import Kernel
+from fused_resnet.numerics import error, reference_conv, stock_conv
+from fused_resnet.problem import (
+    EPILOGUES,
+    RESIDUAL_EPILOGUES,
+    AddReluProblem,
+    ConvProblem,
+    MaxPool,
+    Problem,
+)
+
+
+def verify(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Run ``kernel`` on the fixed small problems that it supports; None if all come out right.
+
+    Returns:
+        None, or a sentence that says which problem went wrong and how.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for problem in _problems(kernel.op, dtype):
+            if kernel.supports(problem, device) is not None:
+                continue
+            try:
+                reason = _check(kernel, problem, device)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as e:
+                return f"on {problem} it raised {type(e).__name__}: {e}"
+            if reason is not None:
+                return reason
+    return None
+
+
+def _problems(op: str, dtype: torch.dtype) -> Iterator[Problem]:
+    if op == "add_relu":
+        for inplace in (False, True):
+            yield AddReluProblem((2, 16, 5, 7), dtype, inplace, True)
+    elif op == "conv_affine_relu_maxpool":
+        pool = MaxPool((3, 3), (2, 2), (1, 1))
+        yield ConvProblem(
+            2, 3, 19, 23, 64, 7, 7, (2, 2), (3, 3), (1, 1), 1, "relu", dtype, True, pool
+        )
+    else:
+        geometries = (  # c, k, kernel, stride, padding, groups
+            (32, 48, 1, 1, 0, 1),
+            (32, 48, 3, 2, 1, 1),
+            (16, 16, 3, 1, 1, 4),
+        )
+        for (c, k, r, stride, pad, groups), epilogue in itertools.product(geometries, EPILOGUES):
+            yield ConvProblem(
+                2,
+                c,
+                9,
+                7,
+                k,
+                r,
+                r,
+                (stride, stride),
+                (pad, pad),
+                (1, 1),
+                groups,
+                epilogue,
+                dtype,
+            )
+
+
+def _check(kernel: Kernel, problem: Problem, device: torch.device) -> str | None:
+    # Drawn on the CPU from a generator of its own: the same everywhere, and no user's seed moves.
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    def image(shape: tuple[int, ...]) -> Tensor:
+        return draw(*shape).contiguous(memory_format=torch.channels_last)
+
+    if isinstance(problem, AddReluProblem):
+        a, b = image(problem.shape), image(problem.shape)
+        reference, stock = torch.relu(a.double() + b.double()), torch.relu(a + b)
+        result = kernel.run(problem, a, b)
+    else:
+        p = problem
+        fan_in = p.c // p.groups * p.r * p.s
+        args = (
+            image((p.n, p.c, p.h, p.w)),
+            draw(p.k, p.c // p.groups, p.r, p.s) / fan_in**0.5,
+            draw(p.k, dtype=torch.float32) + 1.0,
+            draw(p.k, dtype=torch.float32),
+            image(p.out_shape) if p.epilogue in RESIDUAL_EPILOGUES else None,
+        )
+        reference, stock = reference_conv(p, *args), stock_conv(p, *args)
+        result = kernel.run(p, *args)
+    if result.shape != reference.shape or result.dtype != problem.dtype:
+        return f"on {problem} it returned {tuple(result.shape)} {result.dtype}"
+    found, allowed = error(result, reference), error(stock, reference)
+    if not found.within(allowed, problem.dtype):
+        return f"on {problem} its error is {found}, stock torch's is {allowed}"
+    return None

@@ -1,0 +1,249 @@
+"""From convolution bias and batch norm to two fp32 vectors, and a cache of them that is never stale.
+
+In eval mode a batch norm is an affine map of each channel:
+
+    scale = gamma / sqrt(running_var + eps)
+    shift = beta + (conv_bias - running_mean) * scale
+
+Both are computed in float64 and rounded once, to fp32 (they stay float64 for float64 models). The cache
+lives outside of the modules: it is in no state_dict, no pickle and no copy. An entry holds as long as the
+tensors it came from are the same objects, at the same address, in the same version.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+_FROZEN = "FrozenBatchNorm2d"
+
+
+def is_plain_conv(module: object) -> bool:
+    """Whether ``module`` computes exactly what ``nn.Conv2d`` computes."""
+    return isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
+
+
+def why_not_foldable(bn: nn.Module | None) -> str | None:
+    """None if ``bn`` is a per-channel affine map in eval mode, else the reason why it is not.
+
+    Known are ``nn.BatchNorm2d`` and ``nn.SyncBatchNorm`` (with running statistics), and
+    ``FrozenBatchNorm2d`` of torchvision and of detectron2; None stands for no batch norm at all.
+    """
+    if bn is None:
+        return None
+    name = type(bn).__name__
+    if isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm):
+        plain = nn.BatchNorm2d if isinstance(bn, nn.BatchNorm2d) else nn.SyncBatchNorm
+        if type(bn).forward is not plain.forward:
+            return f"{name} overrides the forward of {plain.__name__}"
+        if bn.running_mean is None or bn.running_var is None:
+            return (
+                f"{name} keeps no running statistics, so it normalises by the batch's in eval too"
+            )
+        return None
+    if name == _FROZEN:
+        missing = [
+            a
+            for a in ("weight", "bias", "running_mean", "running_var", "eps")
+            if not hasattr(bn, a)
+        ]
+        return f"{name} lacks {', '.join(missing)}" if missing else None
+    return f"{name} is not a batch norm that folds into a scale and a shift"
+
+
+def uses_batch_statistics(bn: nn.Module | None) -> bool:
+    """Whether ``bn``, as it is now, normalises by the statistics of the batch it is given."""
+    if bn is None or type(bn).__name__ == _FROZEN:
+        return False
+    return bn.training or getattr(bn, "running_mean", None) is None
+
+
+def fold(
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of a batch norm in eval mode, after a convolution with ``bias``.
+
+    Args:
+        bias: the convolution's bias [K], None for none.
+        gamma: batch norm weight [K], None for ones.
+        beta: batch norm bias [K], None for zeros.
+        mean: running mean [K].
+        var: running variance [K].
+        eps: added to the variance.
+        dtype: of the result; the arithmetic is float64.
+
+    Returns:
+        scale [K] and shift [K]. Differentiable in every argument.
+
+    Example:
+        >>> bn = torch.nn.BatchNorm2d(8).eval()
+        >>> scale, shift = fold(None, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+    """
+    scale = (var.double() + eps).rsqrt()
+    if gamma is not None:
+        scale = scale * gamma.double()
+    offset = -mean.double() if bias is None else bias.double() - mean.double()
+    shift = offset * scale
+    if beta is not None:
+        shift = shift + beta.double()
+    return scale.to(dtype), shift.to(dtype)
+
+
+class _CachedFold(torch.autograd.Function):
+    """`fold` for autograd, with its result given: the values stay the cached ones, at their address.
+
+    Kernels recognise packed weights by the address of scale and shift, so a model that runs with
+    gradients enabled must hand them the same memory at every call.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        cached: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(bias, gamma, mean, var)
+        ctx.eps = eps
+        ctx.dtypes = [None if t is None else t.dtype for t in (bias, gamma, beta)]
+        return cached[0].detach(), cached[1].detach()
+
+    @staticmethod
+    def backward(ctx: Any, d_scale: Tensor, d_shift: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        bias, gamma, mean, var = ctx.saved_tensors
+        d_scale, d_shift = d_scale.double(), d_shift.double()
+        rstd = (var.double() + ctx.eps).rsqrt()
+        offset = -mean.double() if bias is None else bias.double() - mean.double()
+        scale = rstd if gamma is None else rstd * gamma.double()
+        d_bias, d_gamma, d_beta = d_shift * scale, (d_scale + d_shift * offset) * rstd, d_shift
+        grads = [
+            None if dtype is None else g.to(dtype)
+            for g, dtype in zip((d_bias, d_gamma, d_beta), ctx.dtypes, strict=True)
+        ]
+        return *grads, None, None, None, None
+
+
+class _Entry:
+    """A cached (scale, shift) with the tensors it came from, which it keeps alive."""
+
+    __slots__ = ("result", "sources", "state")
+
+    def __init__(self, state: Any, sources: Any, result: tuple[Tensor, Tensor]) -> None:
+        self.state = state
+        self.sources = sources
+        self.result = result
+
+
+_cache: weakref.WeakKeyDictionary[nn.Module, dict[int, _Entry]] = weakref.WeakKeyDictionary()
+
+
+def refresh(model: nn.Module) -> None:
+    """Forget everything derived from the parameters of ``model``; the next call derives it anew.
+
+    Needed only after edits that torch keeps no record of: in-place writes through ``tensor.data``, or
+    through memory shared with another library. Edits under ``torch.no_grad()``, optimizer steps,
+    ``load_state_dict`` and conversions are noticed without it.
+
+    Example:
+        >>> model.conv1.weight.data.mul_(0.5)
+        >>> fused_resnet.refresh(model)
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            _cache.pop(module, None)
+            for parameter in module.parameters(recurse=False):
+                if not parameter.is_inference():
+                    # Moves the version counter and nothing else: whatever was packed from it is stale.
+                    torch.autograd.graph.increment_version(parameter)
+
+
+def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """(scale, shift) that stand for the bias of ``conv`` and for ``bn`` in eval mode, cached.
+
+    Args:
+        conv: the convolution.
+        bn: the batch norm behind it (see `why_not_foldable`), or None.
+
+    Returns:
+        scale [K] and shift [K] on conv's device, fp32 (float64 if the weight is). They carry gradients
+        to the bias and to bn's weight and bias where grad mode is on and these require them.
+    """
+    if torch.compiler.is_compiling():
+        return _fold_any(conv.weight, *_sources(conv, bn))
+    entries = _cache.get(conv)
+    entry = None if entries is None else entries.get(id(bn))
+    sources = _sources(conv, bn)
+    weight = conv.weight
+    try:
+        state = (weight.dtype, weight.device, *map(_state, sources))
+    except RuntimeError:
+        # An inference tensor keeps no version: an edit would go unseen, so nothing is kept.
+        return _fold_any(weight, *sources)
+    if entry is None or entry.state != state:
+        # Outside of inference mode, so that the cached vectors can serve autograd later.
+        with torch.inference_mode(False), torch.no_grad():
+            result = _fold_any(weight, *sources)
+        entries = _cache.setdefault(conv, {})
+        if len(entries) >= _MAX_NORMS:
+            entries.clear()
+        entries[id(bn)] = entry = _Entry(state, sources, result)
+    if not torch.is_grad_enabled() or not any(
+        isinstance(s, Tensor) and s.requires_grad for s in sources
+    ):
+        return entry.result
+    bias, gamma, beta, mean, var, eps = sources
+    if mean is None or var is None or mean.requires_grad or var.requires_grad:
+        return _fold_any(weight, *sources)
+    result = _CachedFold.apply(bias, gamma, beta, mean, var, eps, entry.result)
+    return cast(tuple[Tensor, Tensor], result)
+
+
+_Sources = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
+
+
+def _sources(conv: nn.Conv2d, bn: nn.Module | None) -> _Sources:
+    """What the two vectors are computed from: bias, gamma, beta, mean, var, eps."""
+    if bn is None:
+        return conv.bias, None, None, None, None, 0.0
+    return conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps  # type: ignore[return-value]
+
+
+def _state(source: Tensor | float | None) -> Any:
+    """What changes when a source does: for a tensor its address, version and dtype."""
+    if isinstance(source, Tensor):
+        return source.data_ptr(), source._version, source.dtype
+    return source
+
+
+#: Batch norms that may share one convolution before its cache starts over.
+_MAX_NORMS = 8
+
+
+def _fold_any(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if mean is not None and var is not None:
+        return fold(bias, gamma, beta, mean, var, eps, dtype)
+    scale = torch.ones(weight.shape[0], dtype=dtype, device=weight.device)
+    shift = torch.zeros_like(scale) if bias is None else bias.to(dtype)
+    return scale, shift

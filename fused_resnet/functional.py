@@ -1,0 +1,399 @@
+"""Functions behind the modules: each validates its arguments and calls one registered op.
+
+`conv_affine_act`, `conv_affine_relu_maxpool` and `add_relu` take tensors. `conv_bn_act` and
+`conv_bn_act_maxpool` take stock modules, so that parameters, hooks and train mode stay those of the
+modules: where a batch norm uses batch statistics, or a module is not what these functions know, the stock
+modules run, one after another, exactly as without fusion.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fused_resnet import fold
+from fused_resnet import ops as _ops  # noqa: F401  registers torch.ops.fused_resnet
+
+Size2 = int | tuple[int, int]
+
+_conv_op = torch.ops.fused_resnet.conv_affine_act.default
+_stem_op = torch.ops.fused_resnet.conv_affine_relu_maxpool.default
+_add_relu_op = torch.ops.fused_resnet.add_relu.default
+_add_relu_inplace_op = torch.ops.fused_resnet.add_relu_.default
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    try:
+        h, w = value
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} must be an int or a pair (height, width), got {value!r}"
+        ) from None
+    return h, w
+
+
+def _same_padding(kernel: int, dilation: int) -> tuple[int, int]:
+    """Zeros before and after a dimension that keep its length at stride 1; odd totals go behind."""
+    total = dilation * (kernel - 1)
+    return total // 2, total - total // 2
+
+
+def conv_affine_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    *,
+    stride: Size2 = 1,
+    padding: Size2 | str = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    epilogue: str = "relu",
+) -> Tensor:
+    """Convolution, per-channel affine map, residual and ReLU in one pass.
+
+    ``z = conv(x, weight) * scale + shift``; the epilogue makes of it ``none``: z, ``relu``: relu(z),
+    ``add``: z + r, ``add_relu``: relu(z + r), ``relu_add_relu``: relu(relu(z) + r). Accumulation and
+    epilogue are fp32 (float64 for float64 inputs), with one rounding at the end where a fused kernel runs.
+
+    Args:
+        x: [N, C, H, W], float32, float16, bfloat16 or float64, any strides (channels_last is best).
+        weight: [K, C / groups, R, S], of x's dtype.
+        scale: [K], float32 (float64 if x is).
+        shift: [K], as scale.
+        residual: [N, K, OH, OW], of x's dtype, for the epilogues that add.
+        stride: of the window, int or (height, width).
+        padding: zeros on each side, int or (height, width), or ``"same"`` or ``"valid"``.
+        dilation: spacing of the window's taps.
+        groups: blocked connections from input to output channels.
+        epilogue: one of ``fused_resnet.problem.EPILOGUES``.
+
+    Returns:
+        [N, K, OH, OW] of x's dtype, dense in channels_last order.
+
+    Raises:
+        ValueError: shapes, devices or parameters do not fit together.
+        TypeError: a dtype is not supported or differs from x's.
+
+    Example:
+        >>> x = torch.randn(1, 3, 32, 32)
+        >>> w, scale, shift = torch.randn(8, 3, 3, 3), torch.ones(8), torch.zeros(8)
+        >>> conv_affine_act(x, w, scale, shift, padding=1).shape
+        torch.Size([1, 8, 32, 32])
+    """
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    if isinstance(padding, str):
+        if padding == "valid":
+            padding = (0, 0)
+        elif padding == "same":
+            if stride != (1, 1):
+                raise ValueError(f"padding 'same' needs stride 1, got {stride}")
+            (top, bottom), (left, right) = (
+                _same_padding(weight.shape[2 + i], dilation[i]) for i in (0, 1)
+            )
+            if (top, left) == (bottom, right):
+                padding = (top, left)
+            else:
+                x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
+        else:
+            raise ValueError(f"padding must be a size, 'same' or 'valid', got {padding!r}")
+    return cast(
+        Tensor,
+        _conv_op(
+            x,
+            weight,
+            scale,
+            shift,
+            residual,
+            stride,
+            _pair("padding", padding),
+            dilation,
+            groups,
+            epilogue,
+        ),
+    )
+
+
+def conv_affine_relu_maxpool(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    stride: Size2 = 2,
+    padding: Size2 = 3,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    pool_kernel: Size2 = 3,
+    pool_stride: Size2 = 2,
+    pool_padding: Size2 = 1,
+) -> Tensor:
+    """The stem of a ResNet: ``max_pool(relu(conv(x, weight) * scale + shift))``.
+
+    The defaults are ResNet's: a 7x7 convolution of stride 2 and padding 3, a 3x3 window of stride 2.
+
+    Args:
+        x: [N, C, H, W].
+        weight: [K, C / groups, R, S].
+        scale: [K], float32 (float64 if x is).
+        shift: [K], as scale.
+        stride: of the convolution.
+        padding: of the convolution.
+        dilation: of the convolution.
+        groups: of the convolution.
+        pool_kernel: window of the max-pooling.
+        pool_stride: stride of the max-pooling.
+        pool_padding: padding of the max-pooling, at most half of its window.
+
+    Returns:
+        [N, K, PH, PW] of x's dtype, dense in channels_last order.
+
+    Raises:
+        ValueError: shapes, devices or parameters do not fit together.
+        TypeError: a dtype is not supported or differs from x's.
+
+    Example:
+        >>> x, w = torch.randn(1, 3, 224, 224), torch.randn(64, 3, 7, 7)
+        >>> conv_affine_relu_maxpool(x, w, torch.ones(64), torch.zeros(64)).shape
+        torch.Size([1, 64, 56, 56])
+    """
+    return cast(
+        Tensor,
+        _stem_op(
+            x,
+            weight,
+            scale,
+            shift,
+            _pair("stride", stride),
+            _pair("padding", padding),
+            _pair("dilation", dilation),
+            groups,
+            _pair("pool_kernel", pool_kernel),
+            _pair("pool_stride", pool_stride),
+            _pair("pool_padding", pool_padding),
+        ),
+    )
+
+
+def add_relu(a: Tensor, b: Tensor, *, inplace: bool = False) -> Tensor:
+    """``relu(a + b)`` in one pass over memory.
+
+    Args:
+        a: any shape, float32, float16, bfloat16 or float64.
+        b: of a's shape, dtype and device.
+        inplace: write the result into a (only where no gradient is needed).
+
+    Returns:
+        The sum's positive part, with a's shape and memory layout; a itself with ``inplace``.
+
+    Raises:
+        ValueError: shapes or devices differ.
+        TypeError: dtypes differ or are not floating.
+
+    Example:
+        >>> add_relu(torch.tensor([-2.0, 1.0]), torch.tensor([1.0, 1.0]))
+        tensor([0., 2.])
+    """
+    if not inplace:
+        return cast(Tensor, _add_relu_op(a, b))
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        # relu_'s backward reads its output and add_'s reads nothing: stock in-place ops are exact here.
+        return a.add_(b).relu_()
+    _add_relu_inplace_op(a, b)
+    return a
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def why_stock(conv: nn.Module, bn: nn.Module | None) -> str | None:
+    """None if ``conv`` and ``bn``, as they are now, run as one fused op, else why the stock modules run."""
+    if not fold.is_plain_conv(conv):
+        return f"{type(conv).__name__} is not a plain nn.Conv2d"
+    reason = fold.why_not_foldable(bn)
+    if reason is not None:
+        return reason
+    if fold.uses_batch_statistics(bn):
+        return "the batch norm is in train mode and normalises by the batch's statistics"
+    if _has_hooks(conv) or (bn is not None and _has_hooks(bn)):
+        return "a hook is registered on the convolution or the batch norm"
+    return None
+
+
+def _unpadded(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
+    """x and the symmetric zero padding that remains, after applying what the op cannot express."""
+    padding = conv.padding
+    if conv.padding_mode == "zeros":
+        if not isinstance(padding, str):
+            return x, cast(tuple[int, int], padding)
+        if padding == "valid":
+            return x, (0, 0)
+        (top, bottom), (left, right) = (
+            _same_padding(conv.kernel_size[i], conv.dilation[i]) for i in (0, 1)
+        )
+        if (top, left) == (bottom, right):
+            return x, (top, left)
+        return F.pad(x, (left, right, top, bottom)), (0, 0)
+    # nn.Conv2d keeps the pads of both sides, last dimension first, as F.pad takes them.
+    return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
+
+
+def conv_bn_act(
+    x: Tensor,
+    conv: nn.Conv2d,
+    bn: nn.Module | None,
+    act: nn.Module | None = None,
+    residual: Tensor | None = None,
+    *,
+    act_before_add: bool = False,
+) -> Tensor:
+    """``act(bn(conv(x)) + residual)``, fused where the modules allow it.
+
+    In eval mode convolution, batch norm, residual and ReLU are one op. The stock modules run instead, in
+    the same order and to the same result, where the batch norm uses batch statistics, where a module is
+    of another kind (group norm, a convolution with its own forward) or carries hooks; an activation
+    other than ReLU is called on the fused result. `why_stock` tells the reason.
+
+    Args:
+        x: [N, C, H, W].
+        conv: the convolution; bias, "same" and "valid" padding and every padding_mode are honoured.
+        bn: batch norm or another norm, or None.
+        act: activation module, or None for none.
+        residual: [N, K, OH, OW] to add before the activation, or None.
+        act_before_add: apply the activation before the addition too, as in the textbook block
+            ``relu(relu(bn(conv(x))) + residual)``.
+
+    Returns:
+        [N, K, OH, OW] of x's dtype (of the autocast dtype under autocast).
+
+    Raises:
+        ValueError: shapes or devices do not fit together.
+        TypeError: dtypes do not.
+
+    Example:
+        >>> conv, bn, relu = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        >>> y = conv_bn_act(torch.randn(1, 3, 32, 32), conv.eval(), bn.eval(), relu)
+    """
+    if isinstance(x, fx.Proxy):
+        return _traced(conv_bn_act, x, conv, bn, act, residual, act_before_add=act_before_add)
+    relu = act is None or type(act) is nn.ReLU and not _has_hooks(act)
+    if why_stock(conv, bn) is not None or (act_before_add and not relu):
+        y = conv(x)
+        if bn is not None:
+            y = bn(y)
+        if residual is None:
+            return y if act is None else act(y)
+        if act is None:
+            return y + residual
+        return act((act(y) if act_before_add else y) + residual)
+    x, padding = _unpadded(x, conv)
+    if act is None or not relu:
+        epilogue = "none" if residual is None else "add"
+    elif residual is None:
+        epilogue = "relu"
+    else:
+        epilogue = "relu_add_relu" if act_before_add else "add_relu"
+    scale, shift = fold.affine_of(conv, bn)
+    y = _conv_op(
+        x,
+        conv.weight,
+        scale,
+        shift,
+        residual,
+        conv.stride,
+        padding,
+        conv.dilation,
+        conv.groups,
+        epilogue,
+    )
+    return cast(Tensor, y if act is None or relu else act(y))
+
+
+def conv_bn_act_maxpool(
+    x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, act: nn.Module | None, pool: nn.Module
+) -> Tensor:
+    """``pool(act(bn(conv(x))))``, the stem of a ResNet, fused where the modules allow it.
+
+    One op if ``act`` is a ReLU and ``pool`` a plain ``nn.MaxPool2d`` (no dilation, no ceil_mode, no
+    indices); otherwise `conv_bn_act`, then ``pool``.
+
+    Args:
+        x: [N, C, H, W].
+        conv: the convolution.
+        bn: its batch norm, or None.
+        act: activation module, or None.
+        pool: pooling module, or any other module.
+
+    Returns:
+        [N, K, PH, PW].
+
+    Raises:
+        ValueError: shapes or devices do not fit together.
+        TypeError: dtypes do not.
+    """
+    if isinstance(x, fx.Proxy):
+        return _traced(conv_bn_act_maxpool, x, conv, bn, act, pool)
+    if (
+        type(act) is not nn.ReLU
+        or _has_hooks(act)
+        or why_not_poolable(pool) is not None
+        or why_stock(conv, bn) is not None
+    ):
+        return cast(Tensor, pool(conv_bn_act(x, conv, bn, act)))
+    x, padding = _unpadded(x, conv)
+    scale, shift = fold.affine_of(conv, bn)
+    return cast(
+        Tensor,
+        _stem_op(
+            x,
+            conv.weight,
+            scale,
+            shift,
+            conv.stride,
+            padding,
+            conv.dilation,
+            conv.groups,
+            _pair("kernel_size", pool.kernel_size),
+            _pair("stride", pool.stride),
+            _pair("padding", pool.padding),
+        ),
+    )
+
+
+def why_not_poolable(pool: nn.Module) -> str | None:
+    """None if ``pool`` can be fused into the stem's op, else the reason why not."""
+    if type(pool) is not nn.MaxPool2d:
+        return f"{type(pool).__name__} is not nn.MaxPool2d"
+    if pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
+        return "the pooling has dilation, ceil_mode or return_indices"
+    if _has_hooks(pool):
+        return "a hook is registered on the pooling"
+    return None
+
+
+def _traced(function: Any, x: fx.Proxy, *args: Any, **kwargs: Any) -> Tensor:
+    """Record a call of ``function`` as one node of the graph that ``x`` is being traced into.
+
+    Modules become get_attr nodes, so that the graph names the very modules that it uses.
+    """
+    tracer = cast(fx.Tracer, x.tracer)
+
+    def argument(a: Any) -> Any:
+        if isinstance(a, nn.Module):
+            return tracer.create_proxy("get_attr", tracer.path_of_module(a), (), {})
+        return a
+
+    proxy = tracer.create_proxy("call_function", function, (x, *map(argument, args)), kwargs)
+    return cast(Tensor, proxy)

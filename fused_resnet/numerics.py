@@ -1,0 +1,137 @@
+"""The one rule by which results are judged right, and the float64 reference they are judged by.
+
+The rule: a result may be at most twice as far from a float64 reference as stock torch is in the same
+dtype, plus the rounding unit of that dtype. Distance is relative to the reference, once by its
+Euclidean norm (so that no noise hides in many elements) and once by its largest element (so that no
+single wrong element hides among many right ones).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_resnet.problem import ConvProblem
+
+
+@dataclass(frozen=True)
+class Error:
+    """Distance of a result from its float64 reference, relative to the reference.
+
+    Attributes:
+        l2: norm of the difference over norm of the reference.
+        worst: largest absolute difference over largest absolute reference value.
+        finite: whether infinities and NaNs stand where the reference has them.
+    """
+
+    l2: float
+    worst: float
+    finite: bool = True
+
+    def within(self, stock: Error, dtype: torch.dtype) -> bool:
+        """Whether this error is acceptable where stock torch has the error ``stock``."""
+        # A float64 result is as exact as its reference: both may be off by some rounding units.
+        unit = torch.finfo(dtype).eps * (32 if dtype == torch.float64 else 1)
+        return (
+            (self.finite or not stock.finite)
+            and self.l2 <= 2 * stock.l2 + unit
+            and self.worst <= 2 * stock.worst + unit
+        )
+
+    def __str__(self) -> str:
+        return f"{self.l2:.2e}" + ("" if self.finite else " (non-finite values differ)")
+
+
+def error(actual: Tensor, reference: Tensor) -> Error:
+    """How far ``actual`` is from ``reference``, in float64.
+
+    Args:
+        actual: the result to judge, any floating dtype.
+        reference: what it should be, of the same shape; float64 is expected.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if actual.shape != reference.shape:
+        raise ValueError(
+            f"cannot compare shapes {tuple(actual.shape)} and {tuple(reference.shape)}"
+        )
+    if reference.numel() == 0:
+        return Error(0.0, 0.0)
+    a, r = actual.detach().double(), reference.detach().double()
+    ok = r.isfinite()
+    same = bool((a.isfinite() == ok).all()) and torch.equal(a.isnan(), r.isnan())
+    both = ok & a.isfinite()
+    a, r = torch.where(both, a, 0.0), torch.where(both, r, 0.0)
+    diff = (a - r).abs()
+    return Error(
+        _ratio(diff.norm().item(), r.norm().item()),
+        _ratio(diff.max().item(), r.abs().max().item()),
+        same,
+    )
+
+
+def _ratio(difference: float, size: float) -> float:
+    if difference == 0.0:
+        return 0.0
+    return difference / size if size > 0.0 else float("inf")
+
+
+def apply_epilogue(z: Tensor, residual: Tensor | None, epilogue: str) -> Tensor:
+    """The epilogue as plain torch operations, out of place and in the dtype of ``z``."""
+    if epilogue.startswith("relu"):
+        z = torch.relu(z)
+    if residual is not None:
+        z = z + residual
+    if epilogue in ("add_relu", "relu_add_relu"):
+        z = torch.relu(z)
+    return z
+
+
+def reference_conv(
+    problem: ConvProblem,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+) -> Tensor:
+    """The op ``conv_affine_act`` (or the stem, where ``problem.pool`` is set) in float64."""
+    z = torch.conv2d(
+        x.double(),
+        weight.double(),
+        None,
+        problem.stride,
+        problem.padding,
+        problem.dilation,
+        problem.groups,
+    )
+    z = z * scale.double().view(1, -1, 1, 1) + shift.double().view(1, -1, 1, 1)
+    z = apply_epilogue(z, None if residual is None else residual.double(), problem.epilogue)
+    if problem.pool is not None:
+        pool = problem.pool
+        z = torch.max_pool2d(z, pool.kernel, pool.stride, pool.padding)
+    return z
+
+
+def stock_conv(
+    problem: ConvProblem,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+) -> Tensor:
+    """The same op as stock torch computes it: convolution, batch norm, add, ReLU, each rounding."""
+    y = torch.conv2d(
+        x, weight, None, problem.stride, problem.padding, problem.dilation, problem.groups
+    )
+    mean, var = torch.zeros_like(scale), torch.ones_like(scale)
+    z = torch.batch_norm(y, scale, shift, mean, var, False, 0.0, 0.0, False)
+    z = apply_epilogue(z, residual, problem.epilogue)
+    if problem.pool is not None:
+        pool = problem.pool
+        z = torch.max_pool2d(z, pool.kernel, pool.stride, pool.padding)
+    return z

@@ -1,0 +1,544 @@
+"""The registered ops: schemas, shape rules, fake implementations, gradients and autocast.
+
+``fused_resnet::conv_affine_act``
+    z = conv(x, weight) * scale + shift, then an epilogue (see ``fused_resnet.problem.EPILOGUES``).
+``fused_resnet::conv_affine_relu_maxpool``
+    max_pool(relu(conv(x, weight) * scale + shift)), the stem of a ResNet.
+``fused_resnet::add_relu``, ``fused_resnet::add_relu_``
+    relu(a + b), out of place and into a.
+
+The ops are defined here and not in C++, so that they exist without a compiled extension. Arguments are
+validated once per distinct combination of shapes, dtypes, devices and parameters; the choice of the
+kernel is remembered with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resnet import backends
+from fused_resnet.problem import (
+    DTYPES,
+    EPILOGUES,
+    RESIDUAL_EPILOGUES,
+    AddReluProblem,
+    ConvProblem,
+    MaxPool,
+    channels_last_strides,
+    conv_out_size,
+)
+
+_LIB = torch.library.Library("fused_resnet", "DEF")
+
+_LIB.define(
+    "conv_affine_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, str epilogue) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIB.define(
+    "conv_affine_relu_maxpool(Tensor x, Tensor weight, Tensor scale, Tensor shift, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, "
+    "SymInt[2] pool_kernel, SymInt[2] pool_stride, SymInt[2] pool_padding) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIB.define("add_relu(Tensor a, Tensor b) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_LIB.define("add_relu_(Tensor(a!) a, Tensor b) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+
+Ints = Sequence[int]
+
+# --------------------------------------------------------------------------------------------------
+# Validation: shared by the real and the fake implementations.
+# --------------------------------------------------------------------------------------------------
+
+
+def _describe(t: Tensor) -> str:
+    return f"{t.dtype} {list(t.shape)} on {t.device}"
+
+
+def _check_pair(name: str, value: Ints, least: int) -> None:
+    if len(value) != 2:
+        raise ValueError(f"{name} must have 2 values (height, width), got {list(value)}")
+    if value[0] < least or value[1] < least:
+        raise ValueError(f"{name} must be at least {least}, got {list(value)}")
+
+
+def _check_same(name: str, t: Tensor, x: Tensor, what: str = "x") -> None:
+    if t.dtype != x.dtype:
+        raise TypeError(f"{name} must have the dtype of {what}, {x.dtype}; got {_describe(t)}")
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on the device of {what}, {x.device}; got {_describe(t)}")
+
+
+def _check_dense(name: str, t: Tensor) -> None:
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {t.layout}")
+    if t.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be float32, float16, bfloat16 or float64, got {_describe(t)}; "
+            "convert it first, for example with .float()"
+        )
+
+
+def _check_conv(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+) -> tuple[int, int]:
+    """Validate a convolution's arguments and return the height and width of its result."""
+    _check_dense("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x must be [N, C, H, W], got {x.dim()} dimensions: {list(x.shape)}")
+    if weight.dim() != 4:
+        raise ValueError(
+            f"weight must be [K, C / groups, R, S], got {weight.dim()} dimensions: "
+            f"{list(weight.shape)}"
+        )
+    _check_dense("weight", weight)
+    _check_same("weight", weight, x)
+    _check_pair("stride", stride, 1)
+    _check_pair("padding", padding, 0)
+    _check_pair("dilation", dilation, 1)
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
+    c, (k, c_group, r, s) = x.shape[1], weight.shape
+    if c != c_group * groups:
+        raise ValueError(
+            f"x has {c} channels but weight {list(weight.shape)} with groups={groups} "
+            f"takes {c_group * groups}"
+        )
+    if k % groups != 0 or k < 1:
+        raise ValueError(f"weight's {k} output channels must be a positive multiple of {groups=}")
+    if r < 1 or s < 1:
+        raise ValueError(f"weight's kernel must be at least 1x1, got {list(weight.shape)}")
+    vectors = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for name, t in (("scale", scale), ("shift", shift)):
+        if t.dtype != vectors:
+            raise TypeError(
+                f"{name} must be {vectors} for x of {x.dtype} (it is never rounded to half "
+                f"precision), got {_describe(t)}"
+            )
+        if t.dim() != 1 or t.shape[0] != k:
+            raise ValueError(
+                f"{name} must be [{k}], one value an output channel; got {_describe(t)}"
+            )
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}; got {_describe(t)}")
+    oh = conv_out_size(x.shape[2], r, stride[0], padding[0], dilation[0])
+    ow = conv_out_size(x.shape[3], s, stride[1], padding[1], dilation[1])
+    if oh < 1 or ow < 1:
+        raise ValueError(
+            f"the kernel {r}x{s} (dilation {list(dilation)}) does not fit into x {list(x.shape)} "
+            f"with padding {list(padding)}: the result would be {oh}x{ow}"
+        )
+    return oh, ow
+
+
+def _check_epilogue(
+    x: Tensor, residual: Tensor | None, shape: Sequence[int], epilogue: str
+) -> None:
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"unknown epilogue {epilogue!r}; one of {', '.join(EPILOGUES)}")
+    if epilogue in RESIDUAL_EPILOGUES:
+        if residual is None:
+            raise ValueError(f"epilogue {epilogue!r} needs a residual, got None")
+        _check_same("residual", residual, x)
+        if tuple(residual.shape) != tuple(shape):
+            raise ValueError(
+                f"residual must have the result's shape {list(shape)}, got {_describe(residual)}"
+            )
+    elif residual is not None:
+        raise ValueError(f"epilogue {epilogue!r} takes no residual, got {_describe(residual)}")
+
+
+def _check_pool(pool: MaxPool, oh: int, ow: int) -> tuple[int, int]:
+    _check_pair("pool_kernel", pool.kernel, 1)
+    _check_pair("pool_stride", pool.stride, 1)
+    _check_pair("pool_padding", pool.padding, 0)
+    for i in (0, 1):
+        if pool.padding[i] > pool.kernel[i] // 2:
+            raise ValueError(
+                f"pool_padding must be at most half of pool_kernel {list(pool.kernel)}, "
+                f"got {list(pool.padding)}"
+            )
+    ph = conv_out_size(oh, pool.kernel[0], pool.stride[0], pool.padding[0], 1)
+    pw = conv_out_size(ow, pool.kernel[1], pool.stride[1], pool.padding[1], 1)
+    if ph < 1 or pw < 1:
+        raise ValueError(f"the pooling window {list(pool.kernel)} does not fit into {oh}x{ow}")
+    return ph, pw
+
+
+def _check_add(a: Tensor, b: Tensor) -> None:
+    _check_dense("a", a)
+    _check_same("b", b, a, "a")
+    if a.shape != b.shape:
+        raise ValueError(f"a and b must have one shape, got {list(a.shape)} and {list(b.shape)}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Real implementations.
+# --------------------------------------------------------------------------------------------------
+
+#: Distinct calls remembered; a server that sees ever new shapes must not grow without bound.
+_MAX_REMEMBERED = 4096
+_remembered: dict[tuple[Any, ...], backends.Choice] = {}
+
+
+def _remember(key: tuple[Any, ...], choice: backends.Choice) -> backends.Choice:
+    if len(_remembered) >= _MAX_REMEMBERED:
+        _remembered.clear()
+    _remembered[key] = choice
+    return choice
+
+
+def _pair(value: Ints) -> tuple[int, int]:
+    return value[0], value[1]
+
+
+def _channels_last(y: Tensor) -> Tensor:
+    """y with the strides that the fake implementation promises, copied only if its data lies otherwise."""
+    strides = channels_last_strides(*y.shape)
+    if y.stride() == strides:
+        return y
+    # Extents of 1 leave several strides possible for the same memory; unify them.
+    return y.contiguous(memory_format=torch.channels_last).as_strided(y.shape, strides)
+
+
+def _key(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.dtype, t.device, t.layout
+
+
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    epilogue: str,
+    pool: MaxPool | None,
+) -> Tensor:
+    key = (
+        _key(x),
+        x.stride(),
+        _key(weight),
+        _key(scale),
+        _key(shift),
+        residual if residual is None else _key(residual),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+        epilogue,
+        pool,
+        backends.forced(),
+        backends.generation(),
+    )
+    choice = _remembered.get(key)
+    if choice is None:
+        oh, ow = _check_conv(x, weight, scale, shift, stride, padding, dilation, groups)
+        _check_epilogue(x, residual, (x.shape[0], weight.shape[0], oh, ow), epilogue)
+        if pool is not None:
+            _check_pool(pool, oh, ow)
+        problem = ConvProblem(
+            *x.shape,
+            weight.shape[0],
+            *weight.shape[2:],
+            _pair(stride),
+            _pair(padding),
+            _pair(dilation),
+            groups,
+            epilogue,
+            x.dtype,
+            x.is_contiguous(memory_format=torch.channels_last),
+            pool,
+        )
+        op = "conv_affine_act" if pool is None else "conv_affine_relu_maxpool"
+        choice = _remember(key, backends.choose(op, problem, x.device))
+    if x.shape[0] == 0:
+        assert isinstance(choice.problem, ConvProblem)
+        shape = choice.problem.out_shape
+        return x.new_empty(shape).as_strided(shape, channels_last_strides(*shape))
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    return _channels_last(backends.run(choice, x, weight, scale, shift, residual))
+
+
+def _conv_affine_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    epilogue: str,
+) -> Tensor:
+    return _conv(
+        x, weight, scale, shift, residual, stride, padding, dilation, groups, epilogue, None
+    )
+
+
+def _conv_affine_relu_maxpool(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    pool_kernel: Ints,
+    pool_stride: Ints,
+    pool_padding: Ints,
+) -> Tensor:
+    pool = MaxPool(_pair(pool_kernel), _pair(pool_stride), _pair(pool_padding))
+    return _conv(x, weight, scale, shift, None, stride, padding, dilation, groups, "relu", pool)
+
+
+def _add_choice(a: Tensor, b: Tensor, inplace: bool) -> backends.Choice:
+    key = (
+        _key(a),
+        a.stride(),
+        _key(b),
+        b.stride(),
+        inplace,
+        backends.forced(),
+        backends.generation(),
+    )
+    choice = _remembered.get(key)
+    if choice is None:
+        _check_add(a, b)
+        alike = a.stride() == b.stride() and torch.ops.aten.is_non_overlapping_and_dense(a)
+        problem = AddReluProblem(tuple(a.shape), a.dtype, inplace, alike)
+        choice = _remember(key, backends.choose("add_relu", problem, a.device))
+    return choice
+
+
+def _add_relu(a: Tensor, b: Tensor) -> Tensor:
+    choice = _add_choice(a, b, False)
+    if a.numel() == 0:
+        return torch.empty_like(a)
+    y = backends.run(choice, a, b)
+    # Operands that lie differently in memory: the result lies as a fresh copy of a would.
+    return y if y.stride() == a.stride() else torch.empty_like(a).copy_(y)
+
+
+def _add_relu_(a: Tensor, b: Tensor) -> None:
+    choice = _add_choice(a, b, True)
+    if a.numel() != 0:
+        backends.run(choice, a, b)
+
+
+# --------------------------------------------------------------------------------------------------
+# Fake implementations: shape, dtype and exact strides, without data.
+# --------------------------------------------------------------------------------------------------
+
+
+def _conv_affine_act_fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    epilogue: str,
+) -> Tensor:
+    """[N, K, OH, OW] of x's dtype, dense in channels_last order."""
+    oh, ow = _check_conv(x, weight, scale, shift, stride, padding, dilation, groups)
+    shape = (x.shape[0], weight.shape[0], oh, ow)
+    _check_epilogue(x, residual, shape, epilogue)
+    return x.new_empty_strided(shape, channels_last_strides(*shape))
+
+
+def _conv_affine_relu_maxpool_fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    pool_kernel: Ints,
+    pool_stride: Ints,
+    pool_padding: Ints,
+) -> Tensor:
+    """[N, K, PH, PW] of x's dtype, dense in channels_last order."""
+    oh, ow = _check_conv(x, weight, scale, shift, stride, padding, dilation, groups)
+    pool = MaxPool(_pair(pool_kernel), _pair(pool_stride), _pair(pool_padding))
+    shape = (x.shape[0], weight.shape[0], *_check_pool(pool, oh, ow))
+    return x.new_empty_strided(shape, channels_last_strides(*shape))
+
+
+def _add_relu_fake(a: Tensor, b: Tensor) -> Tensor:
+    """Of a's shape and dtype; a's strides if it is dense, else those of ``empty_like(a)``."""
+    _check_add(a, b)
+    return torch.empty_like(a)
+
+
+def _add_relu_inplace_fake(a: Tensor, b: Tensor) -> None:
+    _check_add(a, b)
+
+
+# --------------------------------------------------------------------------------------------------
+# Gradients: through stock ATen, from the values that the forward pass had anyway.
+# --------------------------------------------------------------------------------------------------
+
+
+def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scale, shift, residual, *ctx.geometry, ctx.epilogue = inputs
+    ctx.save_for_backward(x, weight, scale, shift, residual, output)
+
+
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, scale, shift, residual, output = ctx.saved_tensors
+    stride, padding, dilation, groups = ctx.geometry
+    want_x, want_weight, want_scale, want_shift, want_residual = ctx.needs_input_grad[:5]
+    per_channel = scale.view(1, -1, 1, 1)
+
+    def convolution() -> Tensor:
+        return torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+
+    if ctx.epilogue in ("relu", "add_relu", "relu_add_relu"):
+        grad = grad * (output > 0)
+    grad_residual = grad if want_residual else None
+    y = None
+    if ctx.epilogue == "relu_add_relu":
+        # The inner ReLU's sign is not in the output, so its argument is computed again.
+        y = convolution()
+        grad = grad * (y.to(scale.dtype) * per_channel + shift.view(1, -1, 1, 1) > 0)
+    grad_x = grad_weight = grad_scale = grad_shift = None
+    if want_x or want_weight:
+        grad_y = (grad * per_channel).to(x.dtype)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad_y,
+            x,
+            weight,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            [want_x, want_weight, False],
+        )
+    if want_shift:
+        grad_shift = grad.sum((0, 2, 3), dtype=shift.dtype)
+    if want_scale:
+        y = convolution() if y is None else y
+        grad_scale = (grad.to(scale.dtype) * y.to(scale.dtype)).sum((0, 2, 3))
+    return grad_x, grad_weight, grad_scale, grad_shift, grad_residual, *(None,) * 5
+
+
+def _stem_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scale, shift, *ctx.parameters = inputs
+    ctx.save_for_backward(x, weight, scale, shift)
+
+
+def _stem_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # The activation before the pooling was never stored: compute it again, differentiably.
+    tensors = ctx.saved_tensors
+    *geometry, pool_kernel, pool_stride, pool_padding = ctx.parameters
+    wanted = ctx.needs_input_grad[:4]
+    with torch.enable_grad():
+        leaves = [
+            t if torch.is_grad_enabled() and t.requires_grad else t.detach().requires_grad_(w)
+            for t, w in zip(tensors, wanted, strict=True)
+        ]
+        y = torch.ops.fused_resnet.conv_affine_act(*leaves, None, *geometry, "relu")
+        y = torch.max_pool2d(y, pool_kernel, pool_stride, pool_padding)
+    chosen = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
+    grads = iter(torch.autograd.grad(y, chosen, grad, create_graph=torch.is_grad_enabled()))
+    return *(next(grads) if w else None for w in wanted), *(None,) * 7
+
+
+def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+
+
+def _add_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    (output,) = ctx.saved_tensors
+    grad = grad * (output > 0)
+    return grad, grad
+
+
+# --------------------------------------------------------------------------------------------------
+# Autocast: activations and weights take the autocast dtype, scale and shift stay fp32.
+# --------------------------------------------------------------------------------------------------
+
+
+def _autocast(op: Callable[..., Any], device: str, kept: tuple[int, ...]) -> Callable[..., Any]:
+    """The autocast rule of ``op``: cast every tensor argument but those at the positions ``kept``."""
+    key = torch._C._parse_dispatch_key("AutocastCPU" if device == "cpu" else "AutocastCUDA")
+    excluded = torch._C.DispatchKeySet(key)
+
+    def cast(t: Any, dtype: torch.dtype) -> Any:
+        castable = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if castable and t.device.type == device else t
+
+    def rule(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        cast_args = [
+            (
+                a.float()
+                if isinstance(a, Tensor) and a.dtype in (torch.float16, torch.bfloat16)
+                else a
+            )
+            if i in kept
+            else cast(a, dtype)
+            for i, a in enumerate(args)
+        ]
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return op(*cast_args)
+
+    return rule
+
+
+def _register() -> None:
+    ops = torch.ops.fused_resnet
+    for name, real, fake, kept in (
+        ("conv_affine_act", _conv_affine_act, _conv_affine_act_fake, (2, 3)),
+        (
+            "conv_affine_relu_maxpool",
+            _conv_affine_relu_maxpool,
+            _conv_affine_relu_maxpool_fake,
+            (2, 3),
+        ),
+        ("add_relu", _add_relu, _add_relu_fake, ()),
+        ("add_relu_", _add_relu_, _add_relu_inplace_fake, None),
+    ):
+        _LIB.impl(name, real, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fused_resnet::{name}", fake, lib=_LIB)
+        if kept is not None:  # An in-place op must not change the dtype of what it writes to.
+            op = getattr(ops, name).default
+            _LIB.impl(name, _autocast(op, "cpu", kept), "AutocastCPU")
+            _LIB.impl(name, _autocast(op, "cuda", kept), "AutocastCUDA")
+    for name, backward, setup in (
+        ("conv_affine_act", _conv_backward, _conv_setup),
+        ("conv_affine_relu_maxpool", _stem_backward, _stem_setup),
+        ("add_relu", _add_backward, _add_setup),
+    ):
+        torch.library.register_autograd(
+            f"fused_resnet::{name}", backward, setup_context=setup, lib=_LIB
+        )
+
+
+_register()
