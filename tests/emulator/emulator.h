@@ -2,8 +2,8 @@
 //
 // Supplies the language (qualifiers, built-in variables, vector types, barriers, warp collectives,
 // atomics) under CUDA's names, and the operations that need PTX (cp.async, ldmatrix, mma.sync) in
-// namespace emulator, where a kernel library's own wrappers find them. The runtime behind it executes
-// every CUDA thread as a fiber; see README.md for what is modelled.
+// namespace emulator, where a kernel library's own wrappers find them. The runtime behind it
+// executes every CUDA thread as a fiber; see README.md for what is modelled.
 //
 // Compiled with -fsanitize=thread, the same kernel reports each access to the runtime: the checked
 // build. Nothing is linked from libtsan.
@@ -238,10 +238,10 @@ inline float2 unpack2(uint32_t pair) {
 }  // namespace emulator
 
 // Declares a static __shared__ array: EMULATOR_SHARED_ARRAY(float, tile, [32][33]);
-#define EMULATOR_SHARED_ARRAY(type, name, extents)   \
-  static ::emulator::SharedKey name##_key;           \
-  type(&name) extents = *static_cast<type(*) extents>( \
-      ::emulator::shared_array(name##_key, sizeof(type extents)))
+#define EMULATOR_SHARED_ARRAY(type, name, extents) \
+  static ::emulator::SharedKey name##_key;         \
+  type(&name) extents =                            \
+      *static_cast<type(*) extents>(::emulator::shared_array(name##_key, sizeof(type extents)))
 
 // ---- CUDA C++ ----------------------------------------------------------------------------------
 
@@ -257,27 +257,28 @@ inline void __syncwarp(unsigned mask = ~0u, emulator::Site site = emulator::Site
 inline void __threadfence() { emulator::fence(); }
 
 template <class T>
-inline T __shfl_sync(unsigned mask, T value, int lane, emulator::Site site = emulator::Site::here()) {
-  return emulator::bit_cast<T>(emulator::shuffle(
-      emulator::Shuffle::index, mask, emulator::bit_cast<uint32_t>(value), lane, site));
+inline T __shfl_sync(unsigned mask, T value, int lane,
+                     emulator::Site site = emulator::Site::here()) {
+  return emulator::bit_cast<T>(emulator::shuffle(emulator::Shuffle::index, mask,
+                                                 emulator::bit_cast<uint32_t>(value), lane, site));
 }
 template <class T>
 inline T __shfl_up_sync(unsigned mask, T value, unsigned delta,
                         emulator::Site site = emulator::Site::here()) {
-  return emulator::bit_cast<T>(emulator::shuffle(
-      emulator::Shuffle::up, mask, emulator::bit_cast<uint32_t>(value), delta, site));
+  return emulator::bit_cast<T>(emulator::shuffle(emulator::Shuffle::up, mask,
+                                                 emulator::bit_cast<uint32_t>(value), delta, site));
 }
 template <class T>
 inline T __shfl_down_sync(unsigned mask, T value, unsigned delta,
                           emulator::Site site = emulator::Site::here()) {
-  return emulator::bit_cast<T>(emulator::shuffle(
-      emulator::Shuffle::down, mask, emulator::bit_cast<uint32_t>(value), delta, site));
+  return emulator::bit_cast<T>(emulator::shuffle(emulator::Shuffle::down, mask,
+                                                 emulator::bit_cast<uint32_t>(value), delta, site));
 }
 template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int lanes,
                          emulator::Site site = emulator::Site::here()) {
-  return emulator::bit_cast<T>(emulator::shuffle(
-      emulator::Shuffle::exclusive_or, mask, emulator::bit_cast<uint32_t>(value), lanes, site));
+  return emulator::bit_cast<T>(emulator::shuffle(emulator::Shuffle::exclusive_or, mask,
+                                                 emulator::bit_cast<uint32_t>(value), lanes, site));
 }
 
 inline unsigned __ballot_sync(unsigned mask, bool predicate,
@@ -299,8 +300,8 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
   return emulator::atomic_add(address, value, false);
 }
 inline float atomicAdd(float* address, float value) {
-  return emulator::bit_cast<float>(emulator::atomic_add(
-      reinterpret_cast<uint32_t*>(address), emulator::bit_cast<uint32_t>(value), true));
+  return emulator::bit_cast<float>(emulator::atomic_add(reinterpret_cast<uint32_t*>(address),
+                                                        emulator::bit_cast<uint32_t>(value), true));
 }
 
 template <class T>
