@@ -82,8 +82,8 @@ class BufferTraffic:
 class Instruction:
     """A memory instruction of the kernel, summed over all warps.
 
-    ``cost`` is wavefronts of shared memory, or 32-byte sectors of global memory; ``ideal`` the least
-    that the same bytes need. Kinds: shared_load, shared_store, cp_async (its writes to shared
+    ``cost`` is wavefronts of shared memory, or 32-byte sectors of global memory; ``ideal`` the
+    least that the same bytes need. Kinds: shared_load, shared_store, cp_async (its writes to shared
     memory), ldmatrix, global_load (cp.async's reads too), global_store.
     """
 
@@ -101,7 +101,8 @@ class Instruction:
 
     def __str__(self) -> str:
         ratio = self.cost / max(1, self.ideal)
-        return f"{self.place}: {self.kind} x{self.width}, {self.executed} warp instructions, {ratio:.2f}"
+        what = f"{self.kind} of {self.width} bytes, {self.executed} warp instructions"
+        return f"{self.place}: {what}, {ratio:.2f} of the least cost"
 
 
 @dataclass(frozen=True)
