@@ -1,7 +1,7 @@
 """Compiles the emulator's runtime and kernel libraries with g++, and keeps what it compiled.
 
-An object is found again by what went into it: the preprocessed source, the flags, the compiler and
-the CPU that ``-march=native`` means.
+An object is found again by what went into it: the source and the headers that it included when it
+was last compiled, the flags, the compiler and the CPU that ``-march=native`` means.
 """
 
 from __future__ import annotations
@@ -86,10 +86,28 @@ def _make(target: Path, command: Sequence[str]) -> Path:
     return target
 
 
+def _headers(rule: Path) -> list[Path]:
+    """The files that a dependency rule, as written by the compiler, names after the colon."""
+    text = rule.read_text().replace("\\\n", " ")
+    return [Path(name) for name in text.partition(":")[2].split()]
+
+
 def _compile(source: Path, flags: Sequence[str]) -> Path:
-    text = _run([CXX, *flags, "-E", str(source)])
-    key = _digest(_toolchain(), " ".join(flags).encode(), text)
-    return _make(CACHE / f"{source.stem}-{key}.o", [CXX, *flags, "-c", str(source), "-o"])
+    """The object of a source; system headers are taken to change with the compiler only."""
+    how = [_toolchain(), " ".join(flags).encode(), str(source).encode()]
+    rule = CACHE / f"{source.stem}-{_digest(*how)}.d"
+
+    def target() -> Path:
+        contents = (path.read_bytes() for path in _headers(rule) if path.exists())
+        return CACHE / f"{source.stem}-{_digest(*how, *contents)}.o"
+
+    if rule.exists() and target().exists():
+        os.utime(rule)
+        os.utime(target())
+        return target()
+    partial = rule.with_suffix(".partial")
+    _run([CXX, *flags, "-MMD", "-MF", str(rule), "-c", str(source), "-o", str(partial)])
+    return partial.rename(target())
 
 
 def _library(name: str, sources: Sequence[Path], flags: list[str], link: list[str]) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +167,20 @@ def _places(accesses: Iterable[dict[str, Any]], library: Path) -> Iterable[Place
             yield Place(*where, access["thread"], access["block"])
 
 
+def _merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Findings with the copies that unrolling and inlining made of one line put together."""
+    merged: dict[tuple[object, ...], Finding] = {}
+    for finding in findings:
+        lines = tuple((place.file, place.line) for place in finding.places)
+        key = (finding.kind, finding.fatal, lines or finding.message)
+        known = merged.get(key)
+        merged[key] = replace(known, count=known.count + finding.count) if known else finding
+    return tuple(merged.values())
+
+
 def parse_report(kernel: str, library: Path, raw: dict[str, Any]) -> Report:
     """The report of the runtime, with instructions turned into lines."""
-    findings = tuple(
+    findings = _merged(
         Finding(
             f["kind"], f["message"], f["count"], f["fatal"], (*_places(f["accesses"], library),)
         )

@@ -251,7 +251,7 @@ __global__ void shared_out_of_bounds(float* y, int index) {
   float* shared = dynamic ? dynamic_values : values;
   shared[threadIdx.x] = 1.0f;
   __syncthreads();
-  y[threadIdx.x] = shared[threadIdx.x + index];
+  y[threadIdx.x] = shared[static_cast<int>(threadIdx.x) + index];
 }
 
 // y[0..7][lane]: what each lane gets from each collective.

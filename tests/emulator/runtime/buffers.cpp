@@ -107,26 +107,37 @@ Buffer* find_buffer(const void* address) {
   return p < buffer->mapping_end ? buffer : nullptr;
 }
 
+namespace {
+
+std::string bytes_from(const char* p, const char* begin, const char* end, const std::string& name) {
+  const std::string object = name + " (" + std::to_string(end - begin) + " bytes)";
+  if (p < begin) return std::to_string(begin - p) + " bytes before the beginning of " + object;
+  if (p >= end) return std::to_string(p - end) + " bytes past the end of " + object;
+  return "offset " + std::to_string(p - begin) + " of " + object;
+}
+
+std::string describe_shared(const char* p) {
+  if (p >= shared_memory.statics + kStaticRoom) {
+    return bytes_from(p, shared_memory.dynamic, shared_memory.dynamic_end, "dynamic shared memory");
+  }
+  // The red zone after an array is told as past its end, which is the likelier mistake.
+  for (size_t i = shared_memory.arrays.size(); i-- > 0;) {
+    const auto& array = shared_memory.arrays[i];
+    if (p < array.begin && i > 0) continue;
+    return bytes_from(p, array.begin, array.end, "static shared array " + std::to_string(i));
+  }
+  return "shared memory, of which the kernel has none here";
+}
+
+}  // namespace
+
 std::string describe_address(const void* address) {
   const char* p = static_cast<const char*>(address);
-  if (in_shared_arena(p)) {
-    const size_t dynamic = shared_memory.dynamic_end - shared_memory.dynamic;
-    return "offset " + std::to_string(p - shared_memory.dynamic) + " of the " +
-           std::to_string(dynamic) + " bytes of dynamic shared memory, outside of it and of the " +
-           std::to_string(shared_memory.arrays.size()) + " static arrays";
+  if (in_shared_arena(p)) return describe_shared(p);
+  if (const Buffer* buffer = find_buffer(p)) {
+    return bytes_from(p, buffer->begin, buffer->end, "buffer '" + buffer->name + "'");
   }
-  const Buffer* buffer = find_buffer(p);
-  if (buffer == nullptr)
-    return p < static_cast<char*>(nullptr) + kPage ? "null pointer" : "no buffer";
-  const std::string name = "buffer '" + buffer->name + "'";
-  const std::string size = " (" + std::to_string(buffer->end - buffer->begin) + " bytes)";
-  if (p < buffer->begin) {
-    return std::to_string(buffer->begin - p) + " bytes before the beginning of " + name + size;
-  }
-  if (p >= buffer->end) {
-    return std::to_string(p - buffer->end) + " bytes past the end of " + name + size;
-  }
-  return "offset " + std::to_string(p - buffer->begin) + " of " + name + size;
+  return reinterpret_cast<uintptr_t>(p) < kPage ? "null pointer" : "an address in no buffer";
 }
 
 // ---- Shared memory -----------------------------------------------------------------------------

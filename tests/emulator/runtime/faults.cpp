@@ -63,8 +63,14 @@ void continue_in(ucontext_t& context, void (*function)()) {
 #endif
 }
 
+// In the checked build each access was announced; that place is the best to name.
+uintptr_t fault_place() {
+  const bool announced = execution.checked || !execution.in_image(fault.pc);
+  return announced ? execution.caller : fault.pc;
+}
+
 void fail_fault() {
-  const uintptr_t pc = execution.in_image(fault.pc) ? fault.pc : execution.caller;
+  const uintptr_t pc = fault_place();
   const auto address = reinterpret_cast<uintptr_t>(fault.address);
   const std::string what = fault.write ? "write" : "read";
   if (address < current->stack_low && current->stack_low - address <= 4096) {
@@ -78,7 +84,7 @@ void fail_fault() {
   fail("out-of-bounds", what + ": " + describe_address(fault.address), here(pc));
 }
 
-void fail_interrupted() { fail_timeout(fault.pc); }
+void fail_interrupted() { fail_timeout(fault_place()); }
 
 void on_fault(int signal, siginfo_t* info, void* context_pointer) {
   auto& context = *static_cast<ucontext_t*>(context_pointer);

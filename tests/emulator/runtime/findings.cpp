@@ -59,8 +59,14 @@ void report(const char* kind, const std::string& message, Access access, Access 
 }
 
 void fail(const char* kind, std::string message, Access access) {
-  findings.push_back({kind, std::move(message), access, {}, 1, true});
   any_fatal = true;
+  // The checked build may have announced what now ends the launch.
+  const auto announced = known.find(key_of(kind, access, {}));
+  if (announced != known.end()) {
+    findings[announced->second].fatal = true;
+  } else {
+    findings.push_back({kind, std::move(message), access, {}, 1, true});
+  }
   leave_block();
 }
 
