@@ -3,6 +3,47 @@
 from fused_resnet import functional
 from fused_resnet.backends import FusedResNetWarning, backend
 from fused_resnet.fold import refresh
+from fused_resnet.modules import BasicBlock, Bottleneck, ConvBNAct, Stem
+from fused_resnet.resnet import (
+    ResNet,
+    cifar_resnet,
+    plain18,
+    plain34,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
 from fused_resnet.version import __version__
 
-__all__ = ["FusedResNetWarning", "__version__", "backend", "functional", "refresh"]
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBNAct",
+    "FusedResNetWarning",
+    "ResNet",
+    "Stem",
+    "__version__",
+    "backend",
+    "cifar_resnet",
+    "functional",
+    "plain18",
+    "plain34",
+    "refresh",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
