@@ -2,8 +2,6 @@
 // emulator's tests, which differ only in how a kernel is started.
 #pragma once
 
-#include <stdexcept>
-
 #include "conv_implicit_gemm.cuh"
 
 namespace fused_resnet::device {
@@ -58,7 +56,7 @@ void launch_conv_tile(ConvArgs args, Start start) {
     start.template operator()<conv_implicit_gemm_gather<Math, Tile, kBug>>(
         grid, Tile::kThreads, Tile::kSharedBytes, args);
   } else {
-    throw std::invalid_argument("conv_implicit_gemm_gather: expected a tile of 64 channels");
+    start.refuse("gathering needs a tile of 64 channels");
   }
 }
 

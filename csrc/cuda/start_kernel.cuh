@@ -42,6 +42,10 @@ class KernelStarter {
     check(cudaGetLastError(), name_);
   }
 
+  [[noreturn]] void refuse(const char* why) const {
+    throw std::invalid_argument(std::string("fused_resnet: ") + name_ + ": " + why);
+  }
+
  private:
   // More than 48 KiB of dynamic shared memory must be asked for, once per kernel and device.
   template <auto kKernel>
