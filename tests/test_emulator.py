@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from emulator import (
+
+from tests.emulator import (
     PLACEMENTS,
     SCHEDULES,
     Buffer,
@@ -18,8 +19,8 @@ from emulator import (
     Output,
     Report,
 )
-from emulator.build import build_kernels
-from emulator.project import INCLUDE
+from tests.emulator.build import build_kernels
+from tests.emulator.project import INCLUDE
 
 SOURCE = Path(__file__).parent / "emulator" / "selftest.cpp"
 RNG = np.random.default_rng(0)
