@@ -112,11 +112,11 @@ struct Float32Math {
         for (int q = 0; q < 4; ++q) {
           const float4 x = fragments.a[i][q / 2];
           const float4 y = fragments.b[j][q % 2];
-          float sum = sums[i][j][q];
-          sum = fmaf(x.x, y.x, sum);
+          // The step's products on their own first: long sums would lose to pairwise ones.
+          float sum = x.x * y.x;
           sum = fmaf(x.y, y.y, sum);
           sum = fmaf(x.z, y.z, sum);
-          sums[i][j][q] = fmaf(x.w, y.w, sum);
+          sums[i][j][q] += fmaf(x.w, y.w, sum);
         }
       }
     }
