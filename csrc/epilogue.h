@@ -14,11 +14,14 @@ struct EpilogueFunctor {
   static constexpr bool kReadsResidual =
       kKind == Epilogue::kAdd || kKind == Epilogue::kAddRelu || kKind == Epilogue::kReluAddRelu;
 
+  static constexpr bool kReluFirst = kKind == Epilogue::kRelu || kKind == Epilogue::kReluAddRelu;
+  static constexpr bool kReluLast = kKind == Epilogue::kAddRelu || kKind == Epilogue::kReluAddRelu;
+
   FUSED_RESNET_HOST_DEVICE static float apply(float sum, float scale, float shift, float residual) {
     float z = sum * scale + shift;
-    if constexpr (kKind == Epilogue::kRelu || kKind == Epilogue::kReluAddRelu) z = relu(z);
+    if constexpr (kReluFirst) z = relu(z);
     if constexpr (kReadsResidual) z += residual;
-    if constexpr (kKind == Epilogue::kAddRelu || kKind == Epilogue::kReluAddRelu) z = relu(z);
+    if constexpr (kReluLast) z = relu(z);
     return z;
   }
 };

@@ -6,14 +6,18 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cpu/add_relu.h"
+#include "cpu/affine_act.h"
 #include "cpu/isa.h"
 
 #if defined(FUSED_RESNET_CUDA_VERSION)
@@ -89,8 +93,7 @@ at::Tensor add_relu(const at::Tensor& a, const at::Tensor& b, bool inplace) {
 
 #if defined(FUSED_RESNET_CUDA_VERSION)
 
-// ---- CUDA: check, device guard, allocate, empty return, launch
-// -----------------------------------
+// ---- CUDA: check, device guard, allocate, empty return, launch ---------------------------------
 
 using Pair = std::array<int64_t, 2>;
 
@@ -345,6 +348,85 @@ at::Tensor cuda_to_channels_last(const at::Tensor& x) {
 
 #endif  // FUSED_RESNET_CUDA_VERSION
 
+Epilogue epilogue_named(std::string_view name) {
+  constexpr std::array<std::string_view, 5> kNames = {"none", "relu", "add", "add_relu",
+                                                      "relu_add_relu"};
+  for (size_t i = 0; i < kNames.size(); ++i) {
+    if (name == kNames[i]) return static_cast<Epilogue>(i);
+  }
+  TORCH_CHECK_VALUE(false, "unknown epilogue '", name, "'");
+}
+
+// The epilogue of a convolution over its result y [N, K, H, W], in place.
+void affine_act_(const at::Tensor& y, const at::Tensor& scale, const at::Tensor& shift,
+                 const std::optional<at::Tensor>& residual, std::string_view epilogue) {
+  TORCH_CHECK_VALUE(
+      y.is_cpu() && y.dim() == 4 && y.is_contiguous(at::MemoryFormat::ChannelsLast),
+      "affine_act_: expected a CPU tensor [N, K, H, W], dense in channels_last order, "
+      "found sizes ",
+      y.sizes(), " with strides ", y.strides(), " on ", y.device());
+  const int64_t channels = y.size(1);
+  for (const at::Tensor* v : {&scale, &shift}) {
+    TORCH_CHECK_VALUE(v->is_cpu() && v->scalar_type() == at::kFloat && v->dim() == 1 &&
+                          v->size(0) == channels && v->is_contiguous(),
+                      "affine_act_: expected float32 scale and shift [", channels, "], found ",
+                      v->scalar_type(), " ", v->sizes());
+  }
+  cpu::AffineAct args{nullptr,
+                      nullptr,
+                      scale.const_data_ptr<float>(),
+                      shift.const_data_ptr<float>(),
+                      channels,
+                      epilogue_named(epilogue)};
+  const bool reads_residual = args.epilogue != Epilogue::kNone && args.epilogue != Epilogue::kRelu;
+  TORCH_CHECK_VALUE(residual.has_value() == reads_residual, "affine_act_: epilogue '", epilogue,
+                    reads_residual ? "' needs a residual" : "' takes no residual");
+  if (residual) {
+    TORCH_CHECK_VALUE(residual->is_cpu() && residual->scalar_type() == y.scalar_type() &&
+                          residual->sizes() == y.sizes() &&
+                          residual->is_contiguous(at::MemoryFormat::ChannelsLast),
+                      "affine_act_: expected a residual like y, ", y.scalar_type(), " ", y.sizes(),
+                      ", found ", residual->scalar_type(), " ", residual->sizes(), " with strides ",
+                      residual->strides());
+    TORCH_CHECK_VALUE(at::get_overlap_status(y, *residual) == at::MemOverlapStatus::No,
+                      "affine_act_: y and residual share memory");
+    args.residual = residual->const_data_ptr();
+  }
+  const cpu::AffineActKernel kernel = cpu::affine_act_kernel(kernel_dtype(y), cpu::current_isa());
+  TORCH_CHECK_TYPE(kernel != nullptr, "affine_act_: float64 is not supported");
+  args.y = y.mutable_data_ptr();
+  if (y.numel() != 0) {
+    const int64_t grain = std::max<int64_t>(1, kGrainSize / channels);
+    at::parallel_for(0, y.numel() / channels, grain,
+                     [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+  y.unsafeGetTensorImpl()->bump_version();  // autograd must see the edit
+}
+
+// What changes when the content of a tensor does: its address, version, dtype and device, as the
+// bytes of one key for all of `tensors` (a tuple of tensors and None). None if one of them keeps no
+// version.
+py::object state_of(const py::tuple& tensors) {
+  std::vector<int64_t> state;
+  state.reserve(3 * tensors.size());
+  for (const py::handle& item : tensors) {
+    if (item.is_none()) {
+      state.push_back(-1);
+      continue;
+    }
+    TORCH_CHECK_TYPE(THPVariable_Check(item.ptr()), "state_of: expected tensors and None");
+    const at::Tensor& tensor = THPVariable_Unpack(item.ptr());
+    if (tensor.is_inference()) return py::none();
+    const c10::Device device = tensor.device();
+    state.push_back(reinterpret_cast<int64_t>(tensor.has_storage() ? tensor.const_data_ptr()
+                                                                   : tensor.unsafeGetTensorImpl()));
+    state.push_back(tensor._version());
+    state.push_back((static_cast<int64_t>(tensor.scalar_type()) << 32) |
+                    (static_cast<int64_t>(device.type()) << 16) | (device.index() & 0xffff));
+  }
+  return py::bytes(reinterpret_cast<const char*>(state.data()), state.size() * sizeof(int64_t));
+}
+
 std::vector<std::string> isa_available() {
   std::vector<std::string> names;
   for (cpu::Isa isa : cpu::available_isas()) names.emplace_back(cpu::isa_name(isa));
@@ -392,6 +474,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fused_resnet. Import torch first.";
   m.def("add_relu", torch::wrap_pybind_function_no_gil(add_relu), py::arg("a"), py::arg("b"),
         py::arg("inplace"), "relu(a + b) of dense CPU tensors of one shape, dtype and strides.");
+  m.def("affine_act_", torch::wrap_pybind_function_no_gil(affine_act_), py::arg("y"),
+        py::arg("scale"), py::arg("shift"), py::arg("residual"), py::arg("epilogue"),
+        "The epilogue of a convolution over its channels_last result y [N, K, H, W], in place.");
+  m.def("state_of", &state_of, py::arg("tensors"),
+        "A key that changes when one of the tensors does; None if one keeps no version.");
   m.def(
       "isa", [] { return cpu::isa_name(cpu::current_isa()); },
       "The instruction-set level in use: generic, avx2 or avx512.");

@@ -43,3 +43,23 @@ def build_info() -> dict[str, object]:
     Keys: ``compiler``, ``cplusplus`` (the standard, as ``__cplusplus``), ``openmp``, ``torch`` (the
     version built against), ``cuda`` (None, or a dict of ``version`` and ``archs``).
     """
+
+def affine_act_(
+    y: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, epilogue: str
+) -> None:
+    """The epilogue of a convolution over its result, in place and in one pass.
+
+    ``y`` is [N, K, H, W] of float32, float16 or bfloat16, dense in channels_last order; ``scale``
+    and ``shift`` are float32 [K]; ``residual`` is like y where the epilogue adds, else None. Knows
+    no autograd.
+
+    Raises:
+        ValueError: a tensor is not as above, or the epilogue is unknown.
+        TypeError: y is of another dtype.
+    """
+
+def state_of(tensors: tuple[Tensor | None, ...]) -> bytes | None:
+    """Address, version, dtype and device of all ``tensors`` as one key.
+
+    None if one of them was made in inference mode, where tensors keep no version.
+    """

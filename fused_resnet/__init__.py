@@ -1,4 +1,4 @@
-"""Fused conv + BatchNorm + ReLU for PyTorch: drop-in modules, whole ResNets, and any model of yours."""
+"""Fused conv + BatchNorm + ReLU for PyTorch: modules, whole ResNets, and any model of yours."""
 
 from fused_resnet import functional
 from fused_resnet.backends import FusedResNetWarning, backend

@@ -1,4 +1,4 @@
-"""Weights from torchvision's model zoo by name, or from a file by path, never running code from it."""
+"""Weights from torchvision's model zoo by name, or from a file by path; its code never runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,10 @@ _NESTED = ("state_dict", "model", "model_state_dict")
 def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state_dict stored in a checkpoint file.
 
-    Safetensors files are read by safetensors, all others by ``torch.load(weights_only=True)``, which
-    refuses a pickle that would do more than make tensors. A state_dict kept under ``state_dict``,
-    ``model`` or ``model_state_dict`` is found, and the prefix ``module.`` of DataParallel is dropped.
+    Safetensors files are read by safetensors, all others by ``torch.load(weights_only=True)``,
+    which refuses a pickle that would do more than make tensors. A state_dict kept under
+    ``state_dict``, ``model`` or ``model_state_dict`` is found, and the prefix ``module.`` of
+    DataParallel is dropped.
 
     Args:
         path: of the file.
@@ -48,15 +49,16 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         from safetensors.torch import load_file as load_safetensors
 
         try:
-            return cast(dict[str, Tensor], load_safetensors(path))
+            return load_safetensors(path)
         except SafetensorError as e:
             raise ValueError(f"{path} is not a readable safetensors file: {e}") from e
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise ValueError(
-            f"{path} was refused: it holds more than tensors, and loading that could run code from the "
-            "file. If you trust it, load it yourself and save model.state_dict(), or use safetensors. "
+            f"{path} was refused: it holds more than tensors, and loading that could run code from "
+            "the file. If you trust it, load it yourself and save model.state_dict(), or use "
+            "safetensors. "
             f"({str(e).splitlines()[0]})"
         ) from e
     except (RuntimeError, EOFError) as e:
@@ -108,8 +110,8 @@ def torchvision_entry(model: str, weights: Enum | str) -> Any:
         from torchvision.models import get_model_weights
     except ImportError as e:
         raise ModuleNotFoundError(
-            f"weights={weights!r} names an entry of torchvision's model zoo, but torchvision cannot be "
-            'imported: pip install "fused-resnet[bench]", or give the path of a checkpoint'
+            f"weights={weights!r} names an entry of torchvision's model zoo, but torchvision "
+            'cannot be imported: pip install "fused-resnet[bench]", or give the path of a file'
         ) from e
     try:
         members = get_model_weights(model)

@@ -1,13 +1,13 @@
-"""From convolution bias and batch norm to two fp32 vectors, and a cache of them that is never stale.
+"""From convolution bias and batch norm to two fp32 vectors, and a cache that is never stale.
 
 In eval mode a batch norm is an affine map of each channel:
 
     scale = gamma / sqrt(running_var + eps)
     shift = beta + (conv_bias - running_mean) * scale
 
-Both are computed in float64 and rounded once, to fp32 (they stay float64 for float64 models). The cache
-lives outside of the modules: it is in no state_dict, no pickle and no copy. An entry holds as long as the
-tensors it came from are the same objects, at the same address, in the same version.
+Both are computed in float64 and rounded once, to fp32 (they stay float64 for float64 models). The
+cache lives outside of the modules: it is in no state_dict, no pickle and no copy. An entry holds
+as long as the tensors it came from are the same objects, at the same address, in the same version.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from fused_resnet.freshness import state_of
 
 _FROZEN = "FrozenBatchNorm2d"
 
@@ -99,14 +101,14 @@ def fold(
 
 
 class _CachedFold(torch.autograd.Function):
-    """`fold` for autograd, with its result given: the values stay the cached ones, at their address.
+    """`fold` for autograd with its result given: the cached values, at their address.
 
     Kernels recognise packed weights by the address of scale and shift, so a model that runs with
     gradients enabled must hand them the same memory at every call.
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         bias: Tensor | None,
         gamma: Tensor | None,
@@ -122,7 +124,7 @@ class _CachedFold(torch.autograd.Function):
         return cached[0].detach(), cached[1].detach()
 
     @staticmethod
-    def backward(ctx: Any, d_scale: Tensor, d_shift: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, d_scale: Tensor, d_shift: Tensor) -> tuple[Tensor | None, ...]:
         bias, gamma, mean, var = ctx.saved_tensors
         d_scale, d_shift = d_scale.double(), d_shift.double()
         rstd = (var.double() + ctx.eps).rsqrt()
@@ -153,9 +155,9 @@ _cache: weakref.WeakKeyDictionary[nn.Module, dict[int, _Entry]] = weakref.WeakKe
 def refresh(model: nn.Module) -> None:
     """Forget everything derived from the parameters of ``model``; the next call derives it anew.
 
-    Needed only after edits that torch keeps no record of: in-place writes through ``tensor.data``, or
-    through memory shared with another library. Edits under ``torch.no_grad()``, optimizer steps,
-    ``load_state_dict`` and conversions are noticed without it.
+    Needed only after edits that torch keeps no record of: in-place writes through ``tensor.data``,
+    or through memory shared with another library. Edits under ``torch.no_grad()``, optimizer
+    steps, ``load_state_dict`` and conversions are noticed without it.
 
     Example:
         >>> model.conv1.weight.data.mul_(0.5)
@@ -166,7 +168,8 @@ def refresh(model: nn.Module) -> None:
             _cache.pop(module, None)
             for parameter in module.parameters(recurse=False):
                 if not parameter.is_inference():
-                    # Moves the version counter and nothing else: whatever was packed from it is stale.
+                    # Moves the version counter and nothing else: whatever was packed from it is
+                    # stale.
                     torch.autograd.graph.increment_version(parameter)
 
 
@@ -178,20 +181,21 @@ def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
         bn: the batch norm behind it (see `why_not_foldable`), or None.
 
     Returns:
-        scale [K] and shift [K] on conv's device, fp32 (float64 if the weight is). They carry gradients
-        to the bias and to bn's weight and bias where grad mode is on and these require them.
+        scale [K] and shift [K] on conv's device, fp32 (float64 if the weight is). They carry
+        gradients to the bias and to bn's weight and bias where grad mode is on and these require
+        them.
     """
+    bias, gamma, beta, mean, var, eps = sources = _sources(conv, bn)
+    weight = conv.weight
     if torch.compiler.is_compiling():
-        return _fold_any(conv.weight, *_sources(conv, bn))
+        return _fold_any(weight, *sources)
+    state = state_of((bias, gamma, beta, mean, var))
+    if state is None:
+        # A tensor made in inference mode: an edit of it would go unseen, so nothing is kept.
+        return _fold_any(weight, *sources)
+    state = state, eps, weight.dtype, weight.device
     entries = _cache.get(conv)
     entry = None if entries is None else entries.get(id(bn))
-    sources = _sources(conv, bn)
-    weight = conv.weight
-    try:
-        state = (weight.dtype, weight.device, *map(_state, sources))
-    except RuntimeError:
-        # An inference tensor keeps no version: an edit would go unseen, so nothing is kept.
-        return _fold_any(weight, *sources)
     if entry is None or entry.state != state:
         # Outside of inference mode, so that the cached vectors can serve autograd later.
         with torch.inference_mode(False), torch.no_grad():
@@ -201,10 +205,9 @@ def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
             entries.clear()
         entries[id(bn)] = entry = _Entry(state, sources, result)
     if not torch.is_grad_enabled() or not any(
-        isinstance(s, Tensor) and s.requires_grad for s in sources
+        t is not None and t.requires_grad for t in (bias, gamma, beta, mean, var)
     ):
         return entry.result
-    bias, gamma, beta, mean, var, eps = sources
     if mean is None or var is None or mean.requires_grad or var.requires_grad:
         return _fold_any(weight, *sources)
     result = _CachedFold.apply(bias, gamma, beta, mean, var, eps, entry.result)
@@ -218,14 +221,18 @@ def _sources(conv: nn.Conv2d, bn: nn.Module | None) -> _Sources:
     """What the two vectors are computed from: bias, gamma, beta, mean, var, eps."""
     if bn is None:
         return conv.bias, None, None, None, None, 0.0
+    parameters, buffers = bn._parameters, bn._buffers
+    if "weight" in parameters and "running_mean" in buffers:
+        # nn.BatchNorm2d: attribute access through nn.Module would cost several times more.
+        return (
+            conv.bias,
+            parameters["weight"],
+            parameters["bias"],
+            buffers["running_mean"],
+            buffers["running_var"],
+            bn.eps,  # type: ignore[return-value]
+        )
     return conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps  # type: ignore[return-value]
-
-
-def _state(source: Tensor | float | None) -> Any:
-    """What changes when a source does: for a tensor its address, version and dtype."""
-    if isinstance(source, Tensor):
-        return source.data_ptr(), source._version, source.dtype
-    return source
 
 
 #: Batch norms that may share one convolution before its cache starts over.

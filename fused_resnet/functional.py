@@ -2,8 +2,8 @@
 
 `conv_affine_act`, `conv_affine_relu_maxpool` and `add_relu` take tensors. `conv_bn_act` and
 `conv_bn_act_maxpool` take stock modules, so that parameters, hooks and train mode stay those of the
-modules: where a batch norm uses batch statistics, or a module is not what these functions know, the stock
-modules run, one after another, exactly as without fusion.
+modules: where a batch norm uses batch statistics, or a module is not what these functions know,
+    the stock modules run, one after another, exactly as without fusion.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ def conv_affine_act(
 ) -> Tensor:
     """Convolution, per-channel affine map, residual and ReLU in one pass.
 
-    ``z = conv(x, weight) * scale + shift``; the epilogue makes of it ``none``: z, ``relu``: relu(z),
-    ``add``: z + r, ``add_relu``: relu(z + r), ``relu_add_relu``: relu(relu(z) + r). Accumulation and
-    epilogue are fp32 (float64 for float64 inputs), with one rounding at the end where a fused kernel runs.
+    ``z = conv(x, weight) * scale + shift``; the epilogue makes of it ``none``: z, ``relu``:
+    relu(z), ``add``: z + r, ``add_relu``: relu(z + r), ``relu_add_relu``: relu(relu(z) + r).
+    Accumulation and epilogue are fp32 (float64 for float64 inputs), with one rounding at the end
+    where a fused kernel runs.
 
     Args:
         x: [N, C, H, W], float32, float16, bfloat16 or float64, any strides (channels_last is best).
@@ -136,7 +137,8 @@ def conv_affine_relu_maxpool(
 ) -> Tensor:
     """The stem of a ResNet: ``max_pool(relu(conv(x, weight) * scale + shift))``.
 
-    The defaults are ResNet's: a 7x7 convolution of stride 2 and padding 3, a 3x3 window of stride 2.
+    The defaults are ResNet's: a 7x7 convolution of stride 2 and padding 3, a 3x3 window of stride
+    2.
 
     Args:
         x: [N, C, H, W].
@@ -203,7 +205,8 @@ def add_relu(a: Tensor, b: Tensor, *, inplace: bool = False) -> Tensor:
     if not inplace:
         return cast(Tensor, _add_relu_op(a, b))
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        # relu_'s backward reads its output and add_'s reads nothing: stock in-place ops are exact here.
+        # relu_'s backward reads its output and add_'s reads nothing: stock in-place ops are exact
+        # here.
         return a.add_(b).relu_()
     _add_relu_inplace_op(a, b)
     return a
@@ -219,7 +222,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def why_stock(conv: nn.Module, bn: nn.Module | None) -> str | None:
-    """None if ``conv`` and ``bn``, as they are now, run as one fused op, else why the stock modules run."""
+    """None if ``conv`` and ``bn``, as they are now, run as one fused op, else why they do not."""
     if not fold.is_plain_conv(conv):
         return f"{type(conv).__name__} is not a plain nn.Conv2d"
     reason = fold.why_not_foldable(bn)
@@ -232,8 +235,20 @@ def why_stock(conv: nn.Module, bn: nn.Module | None) -> str | None:
     return None
 
 
+def _is_fused(conv: nn.Module, bn: nn.Module | None) -> bool:
+    """Whether `why_stock` has nothing to say; quicker for the modules that most models have."""
+    if (
+        type(conv) is nn.Conv2d
+        and type(bn) is nn.BatchNorm2d
+        and not (bn.training or bn._buffers["running_mean"] is None)
+        and not (_has_hooks(conv) or _has_hooks(bn))
+    ):
+        return True
+    return why_stock(conv, bn) is None
+
+
 def _unpadded(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
-    """x and the symmetric zero padding that remains, after applying what the op cannot express."""
+    """The input and the symmetric zero padding that remains, after applying what the op cannot express."""
     padding = conv.padding
     if conv.padding_mode == "zeros":
         if not isinstance(padding, str):
@@ -261,10 +276,11 @@ def conv_bn_act(
 ) -> Tensor:
     """``act(bn(conv(x)) + residual)``, fused where the modules allow it.
 
-    In eval mode convolution, batch norm, residual and ReLU are one op. The stock modules run instead, in
-    the same order and to the same result, where the batch norm uses batch statistics, where a module is
-    of another kind (group norm, a convolution with its own forward) or carries hooks; an activation
-    other than ReLU is called on the fused result. `why_stock` tells the reason.
+    In eval mode convolution, batch norm, residual and ReLU are one op. The stock modules run
+    instead, in the same order and to the same result, where the batch norm uses batch statistics,
+    where a module is of another kind (group norm, a convolution with its own forward) or carries
+    hooks; an activation other than ReLU is called on the fused result. `why_stock` tells the
+    reason.
 
     Args:
         x: [N, C, H, W].
@@ -286,18 +302,18 @@ def conv_bn_act(
         >>> conv, bn, relu = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
         >>> y = conv_bn_act(torch.randn(1, 3, 32, 32), conv.eval(), bn.eval(), relu)
     """
-    if isinstance(x, fx.Proxy):
+    if _is_proxy(x):
         return _traced(conv_bn_act, x, conv, bn, act, residual, act_before_add=act_before_add)
-    relu = act is None or type(act) is nn.ReLU and not _has_hooks(act)
-    if why_stock(conv, bn) is not None or (act_before_add and not relu):
-        y = conv(x)
+    relu = act is None or (type(act) is nn.ReLU and not _has_hooks(act))
+    if not _is_fused(conv, bn) or (act_before_add and not relu):
+        y: Tensor = conv(x)
         if bn is not None:
             y = bn(y)
         if residual is None:
-            return y if act is None else act(y)
+            return y if act is None else cast(Tensor, act(y))
         if act is None:
             return y + residual
-        return act((act(y) if act_before_add else y) + residual)
+        return cast(Tensor, act((act(y) if act_before_add else y) + residual))
     x, padding = _unpadded(x, conv)
     if act is None or not relu:
         epilogue = "none" if residual is None else "add"
@@ -343,13 +359,13 @@ def conv_bn_act_maxpool(
         ValueError: shapes or devices do not fit together.
         TypeError: dtypes do not.
     """
-    if isinstance(x, fx.Proxy):
+    if _is_proxy(x):
         return _traced(conv_bn_act_maxpool, x, conv, bn, act, pool)
     if (
         type(act) is not nn.ReLU
         or _has_hooks(act)
         or why_not_poolable(pool) is not None
-        or why_stock(conv, bn) is not None
+        or not _is_fused(conv, bn)
     ):
         return cast(Tensor, pool(conv_bn_act(x, conv, bn, act)))
     x, padding = _unpadded(x, conv)
@@ -383,7 +399,11 @@ def why_not_poolable(pool: nn.Module) -> str | None:
     return None
 
 
-def _traced(function: Any, x: fx.Proxy, *args: Any, **kwargs: Any) -> Tensor:
+def _is_proxy(x: object) -> bool:
+    return isinstance(x, fx.Proxy)
+
+
+def _traced(function: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Record a call of ``function`` as one node of the graph that ``x`` is being traced into.
 
     Modules become get_attr nodes, so that the graph names the very modules that it uses.

@@ -1,9 +1,9 @@
 """Drop-in modules of conv + BatchNorm + ReLU: the parts that ResNets are made of.
 
-Each keeps stock children under torchvision's names (``conv1``, ``bn1``, ``relu``, ``downsample.0``), so
-that state_dicts, optimizers, hooks and initialisation are those of the stock modules. ``forward`` is a
-call of ``fused_resnet.functional``: in eval mode one op for each convolution with all that follows it, in
-train mode the stock modules themselves.
+Each keeps stock children under torchvision's names (``conv1``, ``bn1``, ``relu``,
+``downsample.0``), so that state_dicts, optimizers, hooks and initialisation are those of the stock
+modules. ``forward`` is a call of ``fused_resnet.functional``: in eval mode one op for each
+convolution with all that follows it, in train mode the stock modules themselves.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class ConvBNAct(nn.Module):
         bias: whether the convolution has a bias; None: only if there is no norm.
         padding_mode: as in ``nn.Conv2d``.
         norm_layer: makes the norm from the number of channels; None for no norm.
-        act: activation module, ReLU by default; None for none. Anything but ``nn.ReLU`` runs as it is,
-            behind the fused rest.
+        act: activation module, ReLU by default; None for none. Anything but ``nn.ReLU`` runs as it
+            is, behind the fused rest.
 
     Shapes: x [N, C, H, W] and residual [N, K, OH, OW] give [N, K, OH, OW].
 
@@ -75,7 +75,7 @@ class ConvBNAct(nn.Module):
         bias: bool | None = None,
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         norm_layer: NormLayer | None = nn.BatchNorm2d,
-        act: nn.Module | None | Literal["relu"] = "relu",
+        act: nn.Module | Literal["relu"] | None = "relu",
     ) -> None:
         super().__init__()
         if padding is None:
@@ -102,7 +102,7 @@ class ConvBNAct(nn.Module):
 
 
 class Stem(nn.Module):
-    """The entrance of a ResNet: 7x7 convolution of stride 2, norm, ReLU, 3x3 max-pooling of stride 2.
+    """The entrance of a ResNet: 7x7 convolution, norm, ReLU, 3x3 max-pooling, both of stride 2.
 
     Args:
         in_channels: C, 3 for RGB images.
@@ -261,10 +261,10 @@ class BasicBlock(_Residual):
 class Bottleneck(_Residual):
     """1x1, 3x3, 1x1 convolutions and a shortcut, the block of ResNet-50 and deeper.
 
-    Parameters, their names and their order are torchvision's. torchvision puts the stride on the 3x3
-    convolution ("v1.5"); the paper, Caffe and Detectron put it on the first 1x1 ("v1",
-    ``stride_in_1x1=True``). Weights of the one load into the other without complaint and give other
-    results.
+    Parameters, their names and their order are torchvision's. torchvision puts the stride on the
+    3x3 convolution ("v1.5"); the paper, Caffe and Detectron put it on the first 1x1 ("v1",
+    ``stride_in_1x1=True``). Weights of the one load into the other without complaint and give
+    other results.
 
     Args:
         inplanes: channels that come in.

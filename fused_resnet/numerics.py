@@ -1,9 +1,9 @@
 """The one rule by which results are judged right, and the float64 reference they are judged by.
 
-The rule: a result may be at most twice as far from a float64 reference as stock torch is in the same
-dtype, plus the rounding unit of that dtype. Distance is relative to the reference, once by its
-Euclidean norm (so that no noise hides in many elements) and once by its largest element (so that no
-single wrong element hides among many right ones).
+The rule: a result may be at most twice as far from a float64 reference as stock torch is in the
+same dtype, plus the rounding unit of that dtype. Distance is relative to the reference, once by
+its Euclidean norm (so that no noise hides in many elements) and once by its largest element (so
+that no single wrong element hides among many right ones).
 """
 
 from __future__ import annotations

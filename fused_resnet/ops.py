@@ -7,9 +7,9 @@
 ``fused_resnet::add_relu``, ``fused_resnet::add_relu_``
     relu(a + b), out of place and into a.
 
-The ops are defined here and not in C++, so that they exist without a compiled extension. Arguments are
-validated once per distinct combination of shapes, dtypes, devices and parameters; the choice of the
-kernel is remembered with it.
+The ops are defined here and not in C++, so that they exist without a compiled extension. Arguments
+are validated once per distinct combination of shapes, dtypes, devices and parameters; the choice
+of the kernel is remembered with it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _LIB = torch.library.Library("fused_resnet", "DEF")
 
 _LIB.define(
     "conv_affine_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, "
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, str epilogue) -> Tensor",
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, str epilogue) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIB.define(
@@ -204,7 +205,7 @@ def _pair(value: Ints) -> tuple[int, int]:
 
 
 def _channels_last(y: Tensor) -> Tensor:
-    """y with the strides that the fake implementation promises, copied only if its data lies otherwise."""
+    """Give y the strides that the fake implementation promises; copy it only if it must be."""
     strides = channels_last_strides(*y.shape)
     if y.stride() == strides:
         return y
@@ -252,17 +253,21 @@ def _conv(
         if pool is not None:
             _check_pool(pool, oh, ow)
         problem = ConvProblem(
-            *x.shape,
-            weight.shape[0],
-            *weight.shape[2:],
-            _pair(stride),
-            _pair(padding),
-            _pair(dilation),
-            groups,
-            epilogue,
-            x.dtype,
-            x.is_contiguous(memory_format=torch.channels_last),
-            pool,
+            n=x.shape[0],
+            c=x.shape[1],
+            h=x.shape[2],
+            w=x.shape[3],
+            k=weight.shape[0],
+            r=weight.shape[2],
+            s=weight.shape[3],
+            stride=_pair(stride),
+            padding=_pair(padding),
+            dilation=_pair(dilation),
+            groups=groups,
+            epilogue=epilogue,
+            dtype=x.dtype,
+            x_channels_last=x.is_contiguous(memory_format=torch.channels_last),
+            pool=pool,
         )
         op = "conv_affine_act" if pool is None else "conv_affine_relu_maxpool"
         choice = _remember(key, backends.choose(op, problem, x.device))
@@ -403,12 +408,12 @@ def _add_relu_inplace_fake(a: Tensor, b: Tensor) -> None:
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, shift, residual, *ctx.geometry, ctx.epilogue = inputs
-    ctx.save_for_backward(x, weight, scale, shift, residual, output)
+    x, weight, scale, shift, _, *ctx.geometry, ctx.epilogue = inputs
+    ctx.save_for_backward(x, weight, scale, shift, output)
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, scale, shift, residual, output = ctx.saved_tensors
+    x, weight, scale, shift, output = ctx.saved_tensors
     stride, padding, dilation, groups = ctx.geometry
     want_x, want_weight, want_scale, want_shift, want_residual = ctx.needs_input_grad[:5]
     per_channel = scale.view(1, -1, 1, 1)
@@ -486,9 +491,9 @@ def _add_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _autocast(op: Callable[..., Any], device: str, kept: tuple[int, ...]) -> Callable[..., Any]:
-    """The autocast rule of ``op``: cast every tensor argument but those at the positions ``kept``."""
-    key = torch._C._parse_dispatch_key("AutocastCPU" if device == "cpu" else "AutocastCUDA")
-    excluded = torch._C.DispatchKeySet(key)
+    """The autocast rule of ``op``: cast every tensor but those at the positions ``kept``."""
+    keys = torch._C.DispatchKey
+    excluded = torch._C.DispatchKeySet(keys.AutocastCPU if device == "cpu" else keys.AutocastCUDA)
 
     def cast(t: Any, dtype: torch.dtype) -> Any:
         castable = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64

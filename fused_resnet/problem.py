@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-#: Epilogues of ``conv_affine_act``, with ``z = conv(x, weight) * scale + shift`` and residual ``r``.
+#: Epilogues of ``conv_affine_act``, with ``z = conv(x, weight) * scale + shift`` and residual
+#: ``r``.
 EPILOGUES = ("none", "relu", "add", "add_relu", "relu_add_relu")
 
 #: Epilogues that read a residual.
@@ -107,7 +108,7 @@ class ConvProblem:
 
     @property
     def min_bytes(self) -> int:
-        """Bytes that must pass through memory at least: input, weights, residual and output once."""
+        """Bytes through memory at least: input, weights, residual and output once."""
         item = self.dtype.itemsize
         out = math.prod(self.out_shape)
         weight = self.k * (self.c // self.groups) * self.r * self.s

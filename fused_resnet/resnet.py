@@ -1,10 +1,10 @@
 """ResNets of fused blocks: torchvision's family, the paper's CIFAR family, and plain controls.
 
-Names, signatures, parameter order and initialisation are torchvision's, so its checkpoints load with
-``strict=True`` in both directions, and the same seed gives the same weights.
+Names, signatures, parameter order and initialisation are torchvision's, so its checkpoints load
+with ``strict=True`` in both directions, and the same seed gives the same weights.
 
-Sources: He et al., Deep Residual Learning for Image Recognition (2015); Xie et al., Aggregated Residual
-Transformations (2016); Zagoruyko and Komodakis, Wide Residual Networks (2016).
+Sources: He et al., Deep Residual Learning for Image Recognition (2015); Xie et al., Aggregated
+    Residual Transformations (2016); Zagoruyko and Komodakis, Wide Residual Networks (2016).
 """
 
 from __future__ import annotations
@@ -37,18 +37,21 @@ class ResNet(nn.Module):
         zero_init_residual: start the last batch norm of each block at zero.
         groups: of the 3x3 convolutions of bottlenecks (ResNeXt).
         width_per_group: channels of a group for each 64 planes.
-        replace_stride_with_dilation: for each stage but the first, whether its stride becomes dilation.
+        replace_stride_with_dilation: for each stage but the first, whether its stride becomes
+            dilation.
         norm_layer: makes a norm from a number of channels; ``nn.BatchNorm2d`` by default.
-        shortcut: ``"A"`` zero-padded identity, ``"B"`` projection where shapes differ, ``"C"`` projection
-            everywhere, None for a plain network without shortcuts.
-        stride_in_1x1: put a bottleneck's stride on its first 1x1 convolution ("v1") instead of on the 3x3
-            ("v1.5", torchvision).
+        shortcut: ``"A"`` zero-padded identity, ``"B"`` projection where shapes differ, ``"C"``
+            projection everywhere, None for a plain network without shortcuts.
+        stride_in_1x1: put a bottleneck's stride on its first 1x1 convolution ("v1") instead of on
+            the 3x3 ("v1.5", torchvision).
         features_only: return the outputs of all stages, for detection and segmentation, and have no
             classifier.
         planes: width of each stage.
-        small_input: a 3x3 stem of stride 1 without pooling, for 32x32 images, instead of 7x7 and pooling.
+        small_input: a 3x3 stem of stride 1 without pooling, for 32x32 images, instead of 7x7 and
+            pooling.
 
-    Shapes: [N, 3, H, W] gives [N, num_classes], or with ``features_only`` a list of [N, C_i, H_i, W_i].
+    Shapes: [N, 3, H, W] gives [N, num_classes], or with ``features_only`` a list of [N, C_i, H_i,
+        W_i].
 
     Raises:
         ValueError: for an unknown shortcut, or lists of the wrong length.
@@ -209,8 +212,8 @@ def _build(
         classes = len(entry.meta["categories"])
         if kwargs.setdefault("num_classes", classes) != classes:
             raise ValueError(
-                f"{entry} has {classes} classes, but num_classes={kwargs['num_classes']} was given; "
-                "load without num_classes and replace model.fc"
+                f"{entry} has {classes} classes, but num_classes={kwargs['num_classes']} was "
+                "given; load without num_classes and replace model.fc"
             )
         state = entry.get_state_dict(progress=progress, check_hash=True)
     model = ResNet(block, layers, **kwargs)
@@ -224,8 +227,9 @@ def resnet18(*, weights: Weights = None, progress: bool = True, **kwargs: Any) -
     """ResNet-18.
 
     Args:
-        weights: a member of torchvision's ``ResNet18_Weights`` or its name (``"DEFAULT"``), the path of a
-            safetensors file or of a ``state_dict`` saved by torch, or None for random weights.
+        weights: a member of torchvision's ``ResNet18_Weights`` or its name (``"DEFAULT"``), the
+            path of a safetensors file or of a ``state_dict`` saved by torch, or None for random
+            weights.
         progress: show the progress of a download.
         **kwargs: see `ResNet`.
 

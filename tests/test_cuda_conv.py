@@ -213,5 +213,72 @@ def test_checked_build_reports_nothing(
         seed=turn,
     )
     check(problem, arithmetic, ConvSchedule(tile, splits), run)
-    for report, kind in itertools.product(run.reports, ("ldmatrix", "shared_load", "cp_async")):
+    kinds = ("ldmatrix", "shared_load", "shared_store", "cp_async")
+    for report, kind in itertools.product(run.reports, kinds):
         assert report.conflicts(kind) == 1.0, f"{report.kernel}: {kind}"
+
+
+def test_access_widths_and_bytes() -> None:
+    """Every pixel comes from memory by 16 bytes, and no byte of y is written twice."""
+    problem = layer(0, "float16", "add_relu", 14)
+    run = emulated.Run(checked=True)
+    emulated.conv(run, problem, "float16", ConvSchedule(TILES[1]), *inputs(problem))
+    (report,) = run.reports
+    y_size = math.prod(problem.out_shape)
+    x, weight, *_ = inputs(problem)
+    for name, elements in (("x", x.numel()), ("weight", weight.numel()), ("residual", y_size)):
+        traffic = report.buffers[name]
+        assert set(nonzero(traffic.reads)) == {"16"}
+        assert traffic.unique_bytes_read == 2 * elements
+    for name in ("scale", "shift"):
+        assert set(nonzero(report.buffers[name].reads)) == {"16"}
+    y = report.buffers["y"]
+    assert set(nonzero(y.writes)) == {"16"}
+    assert y.bytes_written == y.unique_bytes_written == 2 * y_size
+    assert report.buffers["residual"].bytes_read == y.bytes_written
+    assert report.conflicts("shared_store") == 1.0
+
+
+def nonzero(widths: dict[str, int]) -> dict[str, int]:
+    return {width: count for width, count in widths.items() if count}
+
+
+#: A fault and the kind of finding that must name it; without one the fault spoils the result only,
+#: and the comparison with float64 finds it.
+BUGS = {
+    "missing_barrier": ("race",),
+    "loose_wait": ("in-flight",),
+    "fragment_row": (),
+    "dropped_padding": ("out-of-bounds",),
+    "unswizzled_store": (),
+    "ragged_tile": ("out-of-bounds",),
+    "split_race": ("global-race",),
+}
+
+
+def run_bug(bug: str) -> tuple[emulated.Run, ConvProblem, tuple, Tensor]:
+    problem = problem_of(ODD["ragged"], "float16", "relu")
+    args = inputs(problem)
+    run = emulated.Run(checked=True)
+    schedule = ConvSchedule(TILES[3], 2 if bug == "split_race" else 1)
+    result = emulated.conv(run, problem, "float16", schedule, *args, bug=bug)
+    return run, problem, args, result
+
+
+def test_without_a_seeded_bug_nothing_is_reported() -> None:
+    run, problem, args, result = run_bug("none")
+    assert run.findings == []
+    assert_right(result, problem, "float16", args)
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_seeded_bug_is_reported(bug: str) -> None:
+    run, problem, args, result = run_bug(bug)
+    kinds = {kind for report in run.reports for kind in report.kinds}
+    if BUGS[bug]:
+        assert any(kind.startswith(BUGS[bug]) for kind in kinds), run.findings
+        places = {place.file for r in run.reports for f in r.findings for place in f.places}
+        assert any(file.endswith(".cuh") for file in places)
+    else:
+        with pytest.raises(AssertionError, match="stock"):
+            assert_right(result, problem, "float16", args)

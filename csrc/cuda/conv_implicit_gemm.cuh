@@ -321,12 +321,11 @@ __device__ __forceinline__ void store_vectors(const float (&sums)[kTilesM][kTile
   const int lane = threadIdx.x % kWarpSize;
   const int row = lane / kLanesPerRow, column = lane % kLanesPerRow * kSize;
   const bool in_channels = tile.channel + column < tile.channels;
-  float scale[kSize], shift[kSize];
-#pragma unroll
-  for (int e = 0; e < kSize; ++e) {
-    const int channel = tile.group_offset + tile.channel + column + e;
-    scale[e] = in_channels ? load_global_readonly<float>(args.scale + channel) : 0.0f;
-    shift[e] = in_channels ? load_global_readonly<float>(args.shift + channel) : 0.0f;
+  float scale[kSize] = {}, shift[kSize] = {};
+  if (in_channels) {
+    const int channel = tile.group_offset + tile.channel + column;
+    load_floats(scale, args.scale + channel);
+    load_floats(shift, args.shift + channel);
   }
   const T* const residual = static_cast<const T*>(args.residual);
   T* const y = static_cast<T*>(args.y);
@@ -386,7 +385,8 @@ __device__ __forceinline__ void store_output(const float (&sums)[kTilesM][kTiles
   constexpr int kSize = kVectorElements<T>;
   const T* const residual = static_cast<const T*>(args.residual);
   T* const y = static_cast<T*>(args.y);
-  const bool vectors = tile.channels % kSize == 0 && is_aligned(y) && is_aligned(residual);
+  const bool vectors = tile.channels % kSize == 0 && is_aligned(y) && is_aligned(residual) &&
+                       is_aligned(args.scale) && is_aligned(args.shift);
   if (vectors) {
     dispatch_epilogue(args.problem.epilogue, [&](auto functor) {
       store_vectors<T, Tile, decltype(functor)>(sums, staging, args, tile);
@@ -541,22 +541,17 @@ __global__ void __launch_bounds__(kReduceThreads) conv_reduce_splits(const ConvA
             sums[part + 3] += more.w;
           }
         }
-        Vector<T> addend, result;
+        Vector<T> addend = {}, result;
         if constexpr (Functor::kReadsResidual) {
           addend = Vector<T>::unpack(load_global_readonly<uint4>(residual + i));
         }
         const int channel = static_cast<int>(i % p.k);
+        float scale[kSize], shift[kSize];
+        load_floats(scale, args.scale + channel);
+        load_floats(shift, args.shift + channel);
 #pragma unroll
-        for (int part = 0; part < kSize; part += 4) {
-          const auto scale = load_global_readonly<float4>(args.scale + channel + part);
-          const auto shift = load_global_readonly<float4>(args.shift + channel + part);
-          const float scales[4] = {scale.x, scale.y, scale.z, scale.w};
-          const float shifts[4] = {shift.x, shift.y, shift.z, shift.w};
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float r = Functor::kReadsResidual ? addend.v[part + e] : 0.0f;
-            result.v[part + e] = functor.apply(sums[part + e], scales[e], shifts[e], r);
-          }
+        for (int e = 0; e < kSize; ++e) {
+          result.v[e] = functor.apply(sums[e], scale[e], shift[e], addend.v[e]);
         }
         store_global(y + i, result.pack());
       }

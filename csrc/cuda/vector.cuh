@@ -42,6 +42,17 @@ struct Vector {
   }
 };
 
+// A multiple of 4 floats from a 16-byte aligned address that nothing writes.
+template <int kSize>
+__device__ __forceinline__ void load_floats(float (&values)[kSize], const float* source) {
+#pragma unroll
+  for (int part = 0; part < kSize; part += 4) {
+    const auto four = load_global_readonly<float4>(source + part);
+    values[part] = four.x, values[part + 1] = four.y;
+    values[part + 2] = four.z, values[part + 3] = four.w;
+  }
+}
+
 __device__ __forceinline__ bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
 }

@@ -1,9 +1,9 @@
 """Which kernel runs: the registry of all kernels, the override, and the choice among them.
 
-Order of choice: what the user forces > heuristic order. A kernel is offered a problem only if it says
-that it supports it and has been verified in this process, on this device and dtype, against float64;
-stock torch comes last and always can. Every refusal is kept with its reason: `choose` returns them,
-and `observe` tells which kernels ran.
+Order of choice: what the user forces > heuristic order. A kernel is offered a problem only if it
+says that it supports it and has been verified in this process, on this device and dtype, against
+float64; stock torch comes last and always can. Every refusal is kept with its reason: `choose`
+returns them, and `observe` tells which kernels ran.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from fused_resnet.backends.kernel import Kernel, PackedKernel
 from fused_resnet.backends.verify import verify
 from fused_resnet.problem import Problem
 
-#: Every kernel, those of the backend that heuristics prefer first. ``torch`` is last: it can do all.
+#: Every kernel, those of the backend that heuristics prefer first. ``torch`` is last: it can do
+#: all.
 KERNELS: tuple[Kernel, ...] = cpu.KERNELS + library.KERNELS + torch_.KERNELS
 
 #: Backends by name, in heuristic order.
@@ -82,8 +83,9 @@ def _from_environment() -> tuple[str, ...] | None:
 
 
 #: The override within this thread or task; the environment variable, read once, is its default.
+_ENVIRONMENT = _from_environment()
 _forced: ContextVar[tuple[str, ...] | None] = ContextVar(
-    "fused_resnet_backend", default=_from_environment()
+    "fused_resnet_backend", default=_ENVIRONMENT
 )
 
 #: The backends that `backend` or the environment variable force at this point, if any.
@@ -94,8 +96,8 @@ forced = _forced.get
 def backend(*names: str) -> Iterator[None]:
     """Force a backend, or several in order of preference, within a ``with`` block.
 
-    A problem that none of them supports is still computed, by stock torch, and a `FusedResNetWarning`
-    says so once. The block affects the current thread (or task) only.
+    A problem that none of them supports is still computed, by stock torch, and a
+    `FusedResNetWarning` says so once. The block affects the current thread (or task) only.
 
     Args:
         *names: of ``fused_resnet.backends.NAMES``.
@@ -143,7 +145,8 @@ def candidates(op: str, problem: Problem, device: torch.device) -> list[Kernel]:
     if names is not None and "torch" in names:
         order = names[: names.index("torch") + 1]
     ranked = [k for name in order for k in KERNELS if k.op == op and k.backend == name]
-    # A stable sort: backends keep their order among the promising and among the rest; torch is last.
+    # A stable sort: backends keep their order among the promising and among the rest; torch is
+    # last.
     return sorted(ranked, key=lambda k: (k.backend == "torch", not k.promising(problem, device)))
 
 
@@ -174,7 +177,7 @@ def choose(op: str, problem: Problem, device: torch.device) -> Choice:
 
 
 def verdict(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if ``kernel`` may be used on ``device``, else why not; verified at the first question."""
+    """None if ``kernel`` may be used on ``device``, else why not; verified when first asked."""
     if kernel.backend == "torch":
         return None
     key = (kernel, device, dtype)

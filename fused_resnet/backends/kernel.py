@@ -11,18 +11,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fused_resnet.freshness import state_of
 from fused_resnet.problem import Problem
 
 
 class Kernel(ABC):
     """One way to compute one op.
 
-    A kernel is stateless apart from caches. ``run`` gets validated arguments: shapes and dtypes agree
-    with the problem, every tensor lies on one device, nothing is empty. It allocates and returns its
-    result, dense in channels_last order, and never synchronises with the device. For
-    ``conv_affine_act`` and ``conv_affine_relu_maxpool`` its arguments are
-    ``(problem, x, weight, scale, shift, residual)``; for ``add_relu`` they are ``(problem, a, b)``,
-    and with ``problem.inplace`` the result is written to, and is, ``a``.
+    A kernel is stateless apart from caches. ``run`` gets validated arguments: shapes and dtypes
+    agree with the problem, every tensor lies on one device, nothing is empty. It allocates and
+    returns its result, dense in channels_last order, and never synchronises with the device. For
+    ``conv_affine_act`` and ``conv_affine_relu_maxpool`` its arguments are ``(problem, x, weight,
+    scale, shift, residual)``; for ``add_relu`` they are ``(problem, a, b)``, and with
+    ``problem.inplace`` the result is written to, and is, ``a``.
     """
 
     #: Backend the kernel belongs to, as users name it: ``torch``, ``library``, ``triton`` ...
@@ -34,10 +35,10 @@ class Kernel(ABC):
 
     @abstractmethod
     def supports(self, problem: Any, device: torch.device) -> str | None:
-        """None if this kernel computes ``problem`` on ``device``, else the reason why it does not."""
+        """None if this kernel computes ``problem`` on ``device``, else why it does not."""
 
     def promising(self, problem: Any, device: torch.device) -> bool:
-        """Whether this kernel is expected to be quick here; untuned choice tries such kernels first."""
+        """Whether this kernel is expected to be quick here; the untuned choice tries it first."""
         return True
 
     @abstractmethod
@@ -56,8 +57,8 @@ class Kernel(ABC):
 class PackedKernel(Kernel):
     """A convolution kernel that wants its weights in a layout of its own.
 
-    ``packed`` gives them, prepared once: the result is kept as long as the weight tensor lives and is
-    made anew when weight, scale or shift changed (version counter), moved, or were replaced.
+    ``packed`` gives them, prepared once: the result is kept as long as the weight tensor lives and
+    is made anew when weight, scale or shift changed (version counter), moved, or were replaced.
     """
 
     def __init__(self) -> None:
@@ -74,15 +75,16 @@ class PackedKernel(Kernel):
 
     def packed(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> Any:
         """The prepared weights for this problem, from the cache where it is still true."""
-        state = _state(weight), _state(scale), _state(shift)
-        if None in state:
+        state = state_of((weight, scale, shift))
+        if state is None:
             # An inference tensor has no version counter, so an in-place edit would go unseen.
             return self.prepare(problem, weight, scale, shift)
         key = self.pack_key(problem)
         entry = self._entries.get(id(weight))
-        if entry is not None and entry.owner() is weight and entry.state == state:
-            if key in entry.packed:
-                return entry.packed[key]
+        if entry is not None and entry.state == state and entry.owner() is weight:
+            packed = entry.packed.get(key)
+            if packed is not None:
+                return packed
         packed = self.prepare(problem, weight, scale, shift)
         with self._lock:
             entry = self._entries.get(id(weight))
@@ -101,7 +103,8 @@ class PackedKernel(Kernel):
             self._entries.pop(ident, None)
 
 
-#: Layouts kept per weight: a model run at many shapes must not keep one copy of its weights for each.
+#: Layouts kept per weight: a model run at many shapes must not keep one copy of its weights for
+#: each.
 _MAX_LAYOUTS = 4
 
 
@@ -118,13 +121,6 @@ class _Entry:
         # Keeps scale and shift alive, so that no new tensor can take their address unnoticed.
         self.vectors = vectors
         self.packed: dict[Hashable, Any] = {}
-
-
-def _state(tensor: Tensor) -> tuple[int, int, torch.dtype] | None:
-    """What changes when a tensor's content does; None where that cannot be known."""
-    if tensor.is_inference():
-        return None
-    return tensor.data_ptr(), tensor._version, tensor.dtype
 
 
 __all__ = ["Kernel", "PackedKernel", "Problem"]

@@ -1,10 +1,10 @@
 """Backend ``library``: the fused convolutions that ATen already has, with weights prepacked.
 
 CPU: oneDNN convolutions with post-operations (`mkldnn::_convolution_pointwise`). CUDA: cuDNN's
-`cudnn_convolution_relu` and `cudnn_convolution_add_relu`. In fp32 the scale is folded into fp32 weights
-(computed in float64, so that folding costs at most half a rounding unit of a weight). Scale and shift
-are never rounded into half-precision weights: for bf16 the convolution keeps its own weights and one
-further pass applies scale, shift, residual and ReLU in fp32.
+`cudnn_convolution_relu` and `cudnn_convolution_add_relu`. In fp32 the scale is folded into fp32
+weights (computed in float64, so that folding costs at most half a rounding unit of a weight).
+Scale and shift are never rounded into half-precision weights: for bf16 the convolution keeps its
+own weights and one further pass applies scale, shift, residual and ReLU in fp32.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class OneDnnConv(PackedKernel):
         """CPU, fp32 and bf16."""
         if device.type != "cpu":
             return f"oneDNN runs on CPU tensors, not on {device.type}"
-        if not torch.backends.mkldnn.is_available():
+        if not torch._C._has_mkldnn:
             return "this torch was built without oneDNN"
-        if not torch.backends.mkldnn.enabled:  # type: ignore[truthy-function]
+        if not torch.backends.mkldnn.enabled:
             return "torch.backends.mkldnn.flags has oneDNN switched off"
         if problem.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return "this CPU has no bf16 instructions that oneDNN could use (AVX-512)"
@@ -57,7 +57,7 @@ class OneDnnConv(PackedKernel):
         return (*size, problem.stride, problem.padding, problem.dilation)
 
     def prepare(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
-        """Weights in oneDNN's blocked layout, with the scale folded in where that is exact enough."""
+        """Weights in oneDNN's blocked layout, with the scale folded in if they are fp32."""
         bias: Tensor | None = shift.detach()
         weight = weight.detach()
         if problem.dtype == torch.float32:
@@ -83,15 +83,16 @@ class OneDnnConv(PackedKernel):
         x = x.contiguous(memory_format=torch.channels_last)
         conv = torch.ops.mkldnn._convolution_pointwise
         if packed.bias is None:
-            y = conv.default(x, packed.weight, None, *geometry, "none", [], "")
-            return affine_act_(y, scale, shift, residual, p.epilogue)
+            z: Tensor = conv.default(x, packed.weight, None, *geometry, "none", [], "")
+            return affine_act_(z, scale, shift, residual, p.epilogue)
         if p.epilogue in ("add", "add_relu") and p.dtype == torch.float32:
             act = "relu" if p.epilogue == "add_relu" else None
-            return conv.binary(
+            fused: Tensor = conv.binary(
                 x, residual, packed.weight, packed.bias, *geometry, "add", 1.0, act, [], ""
             )
+            return fused
         act = "relu" if p.epilogue.startswith("relu") else "none"
-        y = conv.default(x, packed.weight, packed.bias, *geometry, act, [], "")
+        y: Tensor = conv.default(x, packed.weight, packed.bias, *geometry, act, [], "")
         if residual is None:
             return y
         return finish(y, residual, "add" if p.epilogue == "add" else "add_relu")
@@ -158,7 +159,7 @@ class FoldedAtenConv(PackedKernel):
 
 
 class CudnnConv(PackedKernel):
-    """cuDNN's convolution + bias (+ residual) + ReLU in one call, fp32 (TF32 as torch's flag says)."""
+    """cuDNN's convolution + bias (+ residual) + ReLU in one call; TF32 as torch's flag says."""
 
     backend, op, name = "library", "conv_affine_act", "cudnn_relu"
 
@@ -166,7 +167,7 @@ class CudnnConv(PackedKernel):
         """CUDA (not ROCm), fp32, epilogues that end in the ReLU that the call contains."""
         if device.type != "cuda" or torch.version.hip is not None:
             return f"cuDNN runs on NVIDIA GPUs, not on {device.type}"
-        if not torch.backends.cudnn.is_available() or not torch.backends.cudnn.enabled:
+        if not torch._C._has_cudnn or not torch.backends.cudnn.enabled:
             return "cuDNN is not available or switched off"
         if problem.dtype != torch.float32:
             return f"folding the scale into {problem.dtype} weights would round it"

@@ -1,7 +1,7 @@
-"""Backend ``torch``: stock ATen, one operation after another. The semantics, and always a candidate.
+"""Backend ``torch``: stock ATen, one operation after another. It defines what is right.
 
-Bytes: the activation passes through memory once for the convolution, once for the affine map and once
-for each of add and ReLU, which is what the other backends save.
+Bytes: the activation passes through memory once for the convolution, once for the affine map and
+    once for each of add and ReLU, which is what the other backends save.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fused_resnet.problem import AddReluProblem, ConvProblem
 
 @functools.lru_cache(maxsize=256)
 def _unit_statistics(k: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean 0 and variance 1 for [K] channels: they turn batch_norm into a per-channel affine map."""
+    """Mean 0 and variance 1 for [K] channels: they make batch_norm a per-channel affine map."""
     # Made outside any surrounding inference mode, so that autograd may save them later.
     with torch.inference_mode(False):
         zeros = torch.zeros(k, dtype=dtype, device=device)
@@ -38,7 +38,7 @@ def affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def finish(z: Tensor, residual: Tensor | None, epilogue: str) -> Tensor:
-    """Add the residual and apply the ReLUs of ``epilogue`` to z, in place, as stock modules would."""
+    """Add the residual and apply the ReLUs of ``epilogue`` to z in place, as stock modules do."""
     if epilogue in ("relu", "relu_add_relu"):
         z = z.relu_()
     if residual is not None:
@@ -49,7 +49,7 @@ def finish(z: Tensor, residual: Tensor | None, epilogue: str) -> Tensor:
 
 
 class AtenConv(Kernel):
-    """conv2d, then batch_norm with unit statistics as the affine map, then add and ReLU in place."""
+    """conv2d, batch_norm with unit statistics as the affine map, add and ReLU in place."""
 
     backend, op, name = "torch", "conv_affine_act", "aten"
 

@@ -1,4 +1,4 @@
-"""A kernel's entrance test: once per process, device and dtype, on small problems, against float64."""
+"""A kernel's entrance test: small problems against float64, once per process, device and dtype."""
 
 from __future__ import annotations
 

@@ -1,0 +1,201 @@
+"""Sets of certificates as JSON, as a table, and compared with the set that is committed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .certificate import Certificate
+
+#: Written into every file and table.
+LABEL = (
+    "Read from machine code; no GPU ran. Registers, memory, instructions and access widths are "
+    "exact; occupancy follows the vendor's rules; cycles, share and times are predicted."
+)
+
+Json = dict[str, Any]
+
+
+def to_json(certificates: Mapping[str, Certificate], toolchain: Mapping[str, str]) -> str:
+    """A set of certificates as JSON text whose order and digits depend on the contents alone.
+
+    Args:
+        certificates: by a key that names kernel, configuration and architecture.
+        toolchain: versions of the compilers, ``{"triton": "3.8.0"}``, so that a reader of a
+            changed figure sees whether the compiler changed too.
+    """
+    document = {
+        "label": LABEL,
+        "toolchain": dict(toolchain),
+        "certificates": {key: _plain(value) for key, value in certificates.items()},
+    }
+    return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def load_json(path: Path) -> Json:
+    """A document written by ``to_json``.
+
+    Raises:
+        ValueError: the file is not such a document.
+    """
+    document = json.loads(path.read_text())
+    if not isinstance(document, dict) or "certificates" not in document:
+        raise ValueError(f"{path} holds no certificates")
+    return document
+
+
+def _plain(certificate: Certificate) -> Json:
+    """The certificate's fields and the figures derived from them."""
+    plain = dataclasses.asdict(certificate)
+    plain["spills"] = certificate.spills
+    plain["tensor"] = [str(op) for op in certificate.tensor]
+    plain["bounds"] = [
+        dataclasses.asdict(b) | {"predicted_us": b.predicted_us, "limiter": b.limiter}
+        for b in certificate.bounds
+    ]
+    plain["occupancy"] |= {
+        "blocks": certificate.occupancy.blocks,
+        "limiter": certificate.occupancy.limiter,
+    }
+    loop = certificate.loop
+    if loop is not None:
+        plain["loop"] |= {
+            "classes": dict(loop.classes),
+            "tensor": [str(op) for op in loop.tensor],
+            "limiter": loop.limiter,
+        }
+    rounded: Json = _rounded(plain)
+    return rounded
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to four decimals, so that the file does not depend on the last bit."""
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value
+
+
+@dataclass(frozen=True)
+class Worse:
+    """A figure that is worse than the committed one, or a kernel that is gone (``missing``)."""
+
+    key: str
+    figure: str
+    committed: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.figure} was {self.committed}, is {self.now}"
+
+
+def _loop(name: str) -> Callable[[Json], Any]:
+    return lambda plain: None if plain["loop"] is None else plain["loop"][name]
+
+
+def _narrowest(opcode: str, where: str) -> Callable[[Json], Any]:
+    def get(plain: Json) -> Any:
+        accesses = plain["global_access"] if where == "kernel" else _loop("global_access")(plain)
+        return min((a["bytes"] for a in accesses or () if a["opcode"] == opcode), default=None)
+
+    return get
+
+
+_LOWER_IS_BETTER: dict[str, Callable[[Json], Any]] = {
+    "registers": lambda plain: plain["registers"],
+    "stack_bytes": lambda plain: plain["stack_bytes"],
+    "local_bytes": lambda plain: plain["local_bytes"],
+    "local_loads": lambda plain: plain["local_loads"],
+    "local_stores": lambda plain: plain["local_stores"],
+    "spill_store_bytes": lambda plain: (plain["ptxas"] or {}).get("spill_store_bytes"),
+    "spill_load_bytes": lambda plain: (plain["ptxas"] or {}).get("spill_load_bytes"),
+    "shared_bytes": lambda plain: plain["static_shared"] + plain["dynamic_shared"],
+    "loop.instructions": _loop("instructions"),
+    "loop.issue_cycles": _loop("issue_cycles"),
+    "loop.smem_cycles": _loop("smem_cycles"),
+    "loop.inner_loops": _loop("inner_loops"),
+    "loop.divisions": _loop("divisions"),
+    "loop.wgmma_waited_at_once": _loop("wgmma_waited_at_once"),
+}
+_HIGHER_IS_BETTER: dict[str, Callable[[Json], Any]] = {
+    "occupancy.blocks": lambda plain: plain["occupancy"]["blocks"],
+    "loop.share": _loop("share"),
+    "loop.has_async_copies": lambda plain: bool(_loop("async_copies")(plain)),
+    **{f"narrowest {op}": _narrowest(op, "kernel") for op in ("LDG", "STG", "LDGSTS")},
+    **{f"narrowest {op} in loop": _narrowest(op, "loop") for op in ("LDG", "STG", "LDGSTS")},
+}
+_MUST_EQUAL: dict[str, Callable[[Json], Any]] = {
+    "tensor instruction": lambda plain: sorted({t.rsplit(" x", 1)[0] for t in plain["tensor"]}),
+    "loop found": lambda plain: plain["loop"] is not None,
+}
+
+#: Shares are compared up to what rounding to four decimals can do.
+_ROUNDING = 1e-4
+
+
+def compare(committed: Json, now: Json, *, partial: bool = False) -> list[Worse]:
+    """Figures of ``now`` that are worse than those of ``committed``; both are loaded documents.
+
+    A kernel of ``committed`` that ``now`` lacks is reported too, unless ``now`` is ``partial``.
+    Kernels that only ``now`` has, and figures that got better, are not reported. More is worse for
+    registers, memory, spills and the loop's instructions and cycles; less is worse for occupancy,
+    share, access widths and asynchronous copies; any other tensor instruction is worse.
+    """
+    worse = []
+    for key, old in sorted(committed["certificates"].items()):
+        new = now["certificates"].get(key)
+        if new is None:
+            if not partial:
+                worse.append(Worse(key, "certificate", "present", "missing"))
+            continue
+        for figure, get in _MUST_EQUAL.items():
+            if get(old) != get(new):
+                worse.append(Worse(key, figure, get(old), get(new)))
+        for sign, figures in ((1, _LOWER_IS_BETTER), (-1, _HIGHER_IS_BETTER)):
+            for figure, get in figures.items():
+                before, after = get(old), get(new)
+                if before is None or after is None:
+                    continue
+                if sign * (after - before) > _ROUNDING:
+                    worse.append(Worse(key, figure, before, after))
+    return worse
+
+
+def table(certificates: Mapping[str, Certificate], title: str = "Certificates") -> Table:
+    """A rich table, one line per certificate, sorted by key."""
+    out = Table(title=title, caption=LABEL)
+    out.add_column("kernel")
+    for name in ("sm", "regs", "spills", "smem KiB", "blocks/SM", "loop instr."):
+        out.add_column(name, justify="right")
+    out.add_column("tensor instruction")
+    out.add_column("predicted share", justify="right")
+    out.add_column("async copies")
+    out.add_column("loads, stores (B)")
+    out.add_column("predicted bound", justify="right")
+    for key, c in sorted(certificates.items()):
+        loop = c.loop
+        share = "-" if loop is None or loop.share is None else f"{loop.share:.2f} {loop.limiter}"
+        out.add_row(
+            key,
+            str(c.sm),
+            str(c.registers),
+            f"{c.local_loads}+{c.local_stores}" if c.spills else "0",
+            f"{c.shared / 1024:.1f}",
+            f"{c.occupancy.blocks} {c.occupancy.limiter}",
+            "-" if loop is None else str(loop.instructions) + "+" * bool(loop.inner_loops),
+            ", ".join(map(str, loop.tensor if loop is not None else c.tensor)) or "-",
+            share,
+            ", ".join(loop.async_copies) if loop is not None and loop.async_copies else "-",
+            ", ".join(f"{a.opcode} {a.bytes}" for a in c.global_access) or "-",
+            "; ".join(f"{b.device} {b.predicted_us:.1f} us ({b.limiter})" for b in c.bounds) or "-",
+        )
+    return out
