@@ -42,7 +42,7 @@ X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [
         *["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
-        "-Wno-maybe-uninitialized",  # GCC 12 warns of its own avx512fintrin.h
+        *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],  # GCC 12's own avx512fintrin.h
     ],
 }
 

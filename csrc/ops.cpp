@@ -9,13 +9,11 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <algorithm>
-#include <array>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <vector>
 
+#include "conv_problem.h"
 #include "cpu/add_relu.h"
 #include "cpu/affine_act.h"
 #include "cpu/isa.h"
@@ -348,58 +346,68 @@ at::Tensor cuda_to_channels_last(const at::Tensor& x) {
 
 #endif  // FUSED_RESNET_CUDA_VERSION
 
-Epilogue epilogue_named(std::string_view name) {
-  constexpr std::array<std::string_view, 5> kNames = {"none", "relu", "add", "add_relu",
-                                                      "relu_add_relu"};
-  for (size_t i = 0; i < kNames.size(); ++i) {
-    if (name == kNames[i]) return static_cast<Epilogue>(i);
-  }
-  TORCH_CHECK_VALUE(false, "unknown epilogue '", name, "'");
+Epilogue parse_epilogue(const std::string& name) {
+  if (name == "none") return Epilogue::kNone;
+  if (name == "relu") return Epilogue::kRelu;
+  if (name == "add") return Epilogue::kAdd;
+  if (name == "add_relu") return Epilogue::kAddRelu;
+  if (name == "relu_add_relu") return Epilogue::kReluAddRelu;
+  TORCH_CHECK_VALUE(false, "expected epilogue none, relu, add, add_relu or relu_add_relu, found '",
+                    name, "'");
 }
 
-// The epilogue of a convolution over its result y [N, K, H, W], in place.
-void affine_act_(const at::Tensor& y, const at::Tensor& scale, const at::Tensor& shift,
-                 const std::optional<at::Tensor>& residual, std::string_view epilogue) {
+void check_channel_vector(const char* name, const at::Tensor& vector, const at::Tensor& y) {
+  const auto dtype = y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK_TYPE(vector.scalar_type() == dtype, "affine_act_: expected ", name, " of dtype ",
+                   dtype, ", found ", vector.scalar_type());
   TORCH_CHECK_VALUE(
-      y.is_cpu() && y.dim() == 4 && y.is_contiguous(at::MemoryFormat::ChannelsLast),
-      "affine_act_: expected a CPU tensor [N, K, H, W], dense in channels_last order, "
-      "found sizes ",
-      y.sizes(), " with strides ", y.strides(), " on ", y.device());
-  const int64_t channels = y.size(1);
-  for (const at::Tensor* v : {&scale, &shift}) {
-    TORCH_CHECK_VALUE(v->is_cpu() && v->scalar_type() == at::kFloat && v->dim() == 1 &&
-                          v->size(0) == channels && v->is_contiguous(),
-                      "affine_act_: expected float32 scale and shift [", channels, "], found ",
-                      v->scalar_type(), " ", v->sizes());
-  }
-  cpu::AffineAct args{nullptr,
-                      nullptr,
-                      scale.const_data_ptr<float>(),
-                      shift.const_data_ptr<float>(),
-                      channels,
-                      epilogue_named(epilogue)};
-  const bool reads_residual = args.epilogue != Epilogue::kNone && args.epilogue != Epilogue::kRelu;
-  TORCH_CHECK_VALUE(residual.has_value() == reads_residual, "affine_act_: epilogue '", epilogue,
-                    reads_residual ? "' needs a residual" : "' takes no residual");
-  if (residual) {
-    TORCH_CHECK_VALUE(residual->is_cpu() && residual->scalar_type() == y.scalar_type() &&
-                          residual->sizes() == y.sizes() &&
+      vector.is_cpu() && vector.dim() == 1 && vector.size(0) == y.size(1) && vector.is_contiguous(),
+      "affine_act_: expected ", name, " [", y.size(1), "], contiguous, on the CPU, ",
+      "found sizes ", vector.sizes(), ", strides ", vector.strides(), ", on ", vector.device());
+}
+
+// y = epilogue(y * scale + shift, residual) of y [N, K, H, W], dense in channels_last order.
+void affine_act_(const at::Tensor& y, const at::Tensor& scale, const at::Tensor& shift,
+                 const std::optional<at::Tensor>& residual, const std::string& epilogue_name) {
+  TORCH_CHECK_VALUE(y.is_cpu() && y.dim() == 4 && y.is_contiguous(at::MemoryFormat::ChannelsLast),
+                    "affine_act_: expected y [N, K, H, W] on the CPU, dense in channels_last "
+                    "order, found sizes ",
+                    y.sizes(), " with strides ", y.strides(), " on ", y.device());
+  check_channel_vector("scale", scale, y);
+  check_channel_vector("shift", shift, y);
+  const Epilogue epilogue = parse_epilogue(epilogue_name);
+  const bool adds = epilogue != Epilogue::kNone && epilogue != Epilogue::kRelu;
+  TORCH_CHECK_VALUE(adds == residual.has_value(), "affine_act_: epilogue ", epilogue_name,
+                    adds ? " needs a residual, found none" : " reads no residual, found one");
+  if (adds) {
+    TORCH_CHECK_TYPE(residual->scalar_type() == y.scalar_type(),
+                     "affine_act_: expected a residual of dtype ", y.scalar_type(), ", found ",
+                     residual->scalar_type());
+    TORCH_CHECK_VALUE(residual->is_cpu() && residual->sizes() == y.sizes() &&
                           residual->is_contiguous(at::MemoryFormat::ChannelsLast),
-                      "affine_act_: expected a residual like y, ", y.scalar_type(), " ", y.sizes(),
-                      ", found ", residual->scalar_type(), " ", residual->sizes(), " with strides ",
-                      residual->strides());
-    TORCH_CHECK_VALUE(at::get_overlap_status(y, *residual) == at::MemOverlapStatus::No,
-                      "affine_act_: y and residual share memory");
-    args.residual = residual->const_data_ptr();
+                      "affine_act_: expected a residual ", y.sizes(),
+                      " on the CPU, dense in channels_last order, found sizes ", residual->sizes(),
+                      " with strides ", residual->strides(), " on ", residual->device());
+    TORCH_CHECK_VALUE(at::get_overlap_status(y, *residual) != at::MemOverlapStatus::Partial,
+                      "affine_act_: expected the residual to be y itself or to share no memory "
+                      "with it, found a partial overlap");
   }
-  const cpu::AffineActKernel kernel = cpu::affine_act_kernel(kernel_dtype(y), cpu::current_isa());
-  TORCH_CHECK_TYPE(kernel != nullptr, "affine_act_: float64 is not supported");
-  args.y = y.mutable_data_ptr();
-  if (y.numel() != 0) {
-    const int64_t grain = std::max<int64_t>(1, kGrainSize / channels);
-    at::parallel_for(0, y.numel() / channels, grain,
-                     [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  }
+  const cpu::AffineActKernel kernel =
+      cpu::affine_act_kernel(kernel_dtype(y), epilogue, cpu::current_isa());
+  if (y.numel() == 0) return;
+
+  const int64_t k = y.size(1);
+  const int64_t rows = y.numel() / k;
+  const int64_t row_bytes = k * static_cast<int64_t>(y.element_size());
+  auto* y_data = static_cast<char*>(y.mutable_data_ptr());
+  const auto* residual_data = adds ? static_cast<const char*>(residual->const_data_ptr()) : nullptr;
+  const void* scale_data = scale.const_data_ptr();
+  const void* shift_data = shift.const_data_ptr();
+  at::parallel_for(0, rows, at::divup(kGrainSize, k), [&](int64_t begin, int64_t end) {
+    const int64_t offset = begin * row_bytes;
+    kernel(y_data + offset, scale_data, shift_data, adds ? residual_data + offset : nullptr,
+           end - begin, k);
+  });
   y.unsafeGetTensorImpl()->bump_version();  // autograd must see the edit
 }
 
@@ -476,7 +484,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("inplace"), "relu(a + b) of dense CPU tensors of one shape, dtype and strides.");
   m.def("affine_act_", torch::wrap_pybind_function_no_gil(affine_act_), py::arg("y"),
         py::arg("scale"), py::arg("shift"), py::arg("residual"), py::arg("epilogue"),
-        "The epilogue of a convolution over its channels_last result y [N, K, H, W], in place.");
+        "epilogue(y * scale + shift, residual) of a channels_last CPU tensor, in place.");
   m.def("state_of", &state_of, py::arg("tensors"),
         "A key that changes when one of the tensors does; None if one keeps no version.");
   m.def(

@@ -14,6 +14,21 @@ def add_relu(a: Tensor, b: Tensor, inplace: bool) -> Tensor:
         TypeError: the tensors differ in dtype, or it is none of the four.
     """
 
+def affine_act_(
+    y: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, epilogue: str
+) -> None:
+    """``y = epilogue(y * scale + shift, residual)`` in place, in fp32, rounded once.
+
+    ``y`` is [N, K, H, W], float32, float16, bfloat16 or float64, dense in channels_last order, and
+    ``residual`` (for the epilogues that read one) is as y. ``scale`` and ``shift`` are [K], float32
+    (float64 if y is). Knows no autograd.
+
+    Raises:
+        ValueError: a shape, device, memory layout or epilogue is not as above, or ``residual``
+            overlaps y in part.
+        TypeError: a dtype is not as above.
+    """
+
 def isa() -> str:
     """The instruction-set level that the kernels use: ``generic``, ``avx2`` or ``avx512``.
 
@@ -42,20 +57,6 @@ def build_info() -> dict[str, object]:
 
     Keys: ``compiler``, ``cplusplus`` (the standard, as ``__cplusplus``), ``openmp``, ``torch`` (the
     version built against), ``cuda`` (None, or a dict of ``version`` and ``archs``).
-    """
-
-def affine_act_(
-    y: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, epilogue: str
-) -> None:
-    """The epilogue of a convolution over its result, in place and in one pass.
-
-    ``y`` is [N, K, H, W] of float32, float16 or bfloat16, dense in channels_last order; ``scale``
-    and ``shift`` are float32 [K]; ``residual`` is like y where the epilogue adds, else None. Knows
-    no autograd.
-
-    Raises:
-        ValueError: a tensor is not as above, or the epilogue is unknown.
-        TypeError: y is of another dtype.
     """
 
 def state_of(tensors: tuple[Tensor | None, ...]) -> bytes | None:

@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,18 +21,6 @@ pytestmark = [
 
 LEVELS = ("generic", "avx2", "avx512")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-@pytest.fixture(params=LEVELS)
-def native(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The extension, at one level."""
-    assert extension is not None
-    if request.param not in extension.isa_available():
-        pytest.skip(f"this CPU cannot run {request.param} kernels")
-    before = extension.isa()
-    extension.set_isa(request.param)
-    yield extension
-    extension.set_isa(before)
 
 
 def expected(a: Tensor, b: Tensor) -> Tensor:

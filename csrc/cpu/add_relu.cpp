@@ -15,18 +15,7 @@ const AddReluKernels& kernels_of(Isa isa) {
 }  // namespace
 
 AddReluKernel add_relu_kernel(DType dtype, Isa isa) {
-  const AddReluKernels& kernels = kernels_of(isa);
-  switch (dtype) {
-    case DType::kFloat32:
-      return kernels.float32;
-    case DType::kFloat16:
-      return kernels.float16;
-    case DType::kBFloat16:
-      return kernels.bfloat16;
-    case DType::kFloat64:
-      return kernels.float64;
-  }
-  return nullptr;
+  return kernels_of(isa).by_dtype[static_cast<int>(dtype)];
 }
 
 }  // namespace fused_resnet::cpu

@@ -17,9 +17,9 @@ using AddReluKernel = void (*)(const void* a, const void* b, void* out, int64_t 
 // The kernel for `dtype` at level `isa`, which must be one of available_isas().
 AddReluKernel add_relu_kernel(DType dtype, Isa isa);
 
-// One kernel for each dtype.
+// The kernels of one level, in the order of DType.
 struct AddReluKernels {
-  AddReluKernel float32, float16, bfloat16, float64;
+  AddReluKernel by_dtype[4];
 };
 
 extern const AddReluKernels kAddReluGeneric;

@@ -1,7 +1,8 @@
-// The loop of every add_relu kernel, over vectors `V` (vec.h).
+// The loop of add_relu, over vectors of any instruction set and dtype.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/add_relu.h"
+#include "cpu/vec_loop.h"
 
 namespace fused_resnet::cpu {
 namespace {
@@ -12,16 +13,10 @@ void add_relu_loop(const void* a_data, const void* b_data, void* out_data, int64
   const T* a = static_cast<const T*>(a_data);
   const T* b = static_cast<const T*>(b_data);
   T* out = static_cast<T*>(out_data);
-
-  int64_t i = 0;
-  for (; i + V::kWidth <= n; i += V::kWidth) {
-    V::store(out + i, V::relu(V::add(V::load(a + i), V::load(b + i))));
-  }
-  if (i < n) {
-    // The rest goes through the same instructions, by way of a vector padded with zeros.
-    const auto sum = V::add(load_some<V>(a + i, n - i), load_some<V>(b + i, n - i));
-    store_some<V>(out + i, V::relu(sum), n - i);
-  }
+  for_each_vector<V>(n, [&](int64_t i, int64_t count) {
+    const auto sum = V::add(load<V>(a + i, count), load<V>(b + i, count));
+    store<V>(out + i, V::relu(sum), count);
+  });
 }
 
 }  // namespace

@@ -14,19 +14,9 @@ const AffineActKernels& kernels_of(Isa isa) {
 
 }  // namespace
 
-AffineActKernel affine_act_kernel(DType dtype, Isa isa) {
-  const AffineActKernels& kernels = kernels_of(isa);
-  switch (dtype) {
-    case DType::kFloat32:
-      return kernels.float32;
-    case DType::kFloat16:
-      return kernels.float16;
-    case DType::kBFloat16:
-      return kernels.bfloat16;
-    case DType::kFloat64:
-      return nullptr;
-  }
-  return nullptr;
+AffineActKernel affine_act_kernel(DType dtype, Epilogue epilogue, Isa isa) {
+  const AffineActByEpilogue& kernels = kernels_of(isa).by_dtype[static_cast<int>(dtype)];
+  return kernels.by_epilogue[static_cast<int>(epilogue)];
 }
 
 }  // namespace fused_resnet::cpu

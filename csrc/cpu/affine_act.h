@@ -1,8 +1,9 @@
-// y[m, k] = epilogue(y[m, k] * scale[k] + shift[k], residual[m, k]) in place, over the rows of a
-// channels_last tensor: everything that follows a convolution, in one pass.
+// y = epilogue(y * scale + shift, residual), in place: what follows a convolution that could not
+// take it along. Rows are pixels of [N, H, W, K], so scale and shift are read along each row.
 //
-// Arithmetic is fp32, with one rounding at the store. Least traffic: one read and one write of
-// every element, and one read of the residual.
+// The arithmetic is fp32 (float64 for float64) and is rounded once, at the store. As in torch, a
+// NaN stays NaN and -0 stays -0. Least traffic: one read and one write of every element, and one
+// read of the residual.
 #pragma once
 
 #include <cstdint>
@@ -13,24 +14,20 @@
 
 namespace fused_resnet::cpu {
 
-struct AffineAct {
-  void* y;               // [rows, channels]
-  const void* residual;  // like y, or null where the epilogue reads none
-  const float* scale;    // [channels]
-  const float* shift;    // [channels]
-  int64_t channels;
-  Epilogue epilogue;
+// y and residual: [rows, k]; scale and shift: [k], fp32, or float64 where y is. `residual` is null
+// where the epilogue reads none.
+using AffineActKernel = void (*)(void* y, const void* scale, const void* shift,
+                                 const void* residual, int64_t rows, int64_t k);
+
+// The kernel for `dtype` and `epilogue` at level `isa`, which must be one of available_isas().
+AffineActKernel affine_act_kernel(DType dtype, Epilogue epilogue, Isa isa);
+
+// Tables of kernels, in the order of Epilogue and of DType.
+struct AffineActByEpilogue {
+  AffineActKernel by_epilogue[5];
 };
-
-// Works on rows [begin, end).
-using AffineActKernel = void (*)(const AffineAct& args, int64_t begin, int64_t end);
-
-// The kernel for `dtype` at level `isa`, which must be one of available_isas(); null for float64.
-AffineActKernel affine_act_kernel(DType dtype, Isa isa);
-
-// One kernel for each dtype.
 struct AffineActKernels {
-  AffineActKernel float32, float16, bfloat16;
+  AffineActByEpilogue by_dtype[4];
 };
 
 extern const AffineActKernels kAffineActGeneric;

@@ -1,13 +1,15 @@
-#include "cpu/affine_act.h"
+// affine_act in portable C++.
+
 #include "cpu/affine_act_loop.h"
 #include "cpu/vec_generic.h"
 
 namespace fused_resnet::cpu {
 
-const AffineActKernels kAffineActGeneric = {
-    affine_act_rows<generic::Float32>,
-    affine_act_rows<generic::Float16>,
-    affine_act_rows<generic::BFloat16>,
-};
+const AffineActKernels kAffineActGeneric = {{
+    kAffineActLoops<generic::Float32>,
+    kAffineActLoops<generic::Float16>,
+    kAffineActLoops<generic::BFloat16>,
+    kAffineActLoops<generic::Float64>,
+}};
 
 }  // namespace fused_resnet::cpu

@@ -3,6 +3,7 @@
 
 namespace fused_resnet::cpu {
 
-enum class DType { kFloat32, kFloat16, kBFloat16, kFloat64 };
+// Tables of kernels have this order.
+enum class DType { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 
 }  // namespace fused_resnet::cpu

@@ -1,22 +1,23 @@
-// Vectors of AVX2 and F16C: 8 fp32 or 4 float64 a vector; see vec.h.
+// Vectors of AVX2, FMA and F16C: 8 fp32 or 4 float64. The interface is told in vec_loop.h.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 
-namespace fused_resnet::cpu::avx2 {
+namespace fused_resnet::cpu {
+namespace avx2 {
 namespace {
 
-// max(0, x) returns its second operand when either is NaN or both are zeros, so NaN and -0 pass.
 struct FloatMath {
-  static constexpr int kWidth = 8;
+  using Param = float;
   using Register = __m256;
+  static constexpr int kWidth = 8;
+  static __m256 load_param(const float* p) { return _mm256_loadu_ps(p); }
   static __m256 add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
   static __m256 multiply_add(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+  // max(0, v) returns its second operand when either is NaN or both are zeros: NaN and -0 pass.
   static __m256 relu(__m256 v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
-  // fp32 vectors of scale and shift, whatever the element.
-  static __m256 load_fp32(const float* p) { return _mm256_loadu_ps(p); }
 };
 
 struct Float32 : FloatMath {
@@ -59,13 +60,17 @@ struct BFloat16 : FloatMath {
 
 struct Float64 {
   using Element = double;
+  using Param = double;
+  using Register = __m256d;
   static constexpr int kWidth = 4;
   static __m256d load(const double* p) { return _mm256_loadu_pd(p); }
   static void store(double* p, __m256d v) { _mm256_storeu_pd(p, v); }
-  using Register = __m256d;
+  static __m256d load_param(const double* p) { return _mm256_loadu_pd(p); }
   static __m256d add(__m256d a, __m256d b) { return _mm256_add_pd(a, b); }
+  static __m256d multiply_add(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
   static __m256d relu(__m256d v) { return _mm256_max_pd(_mm256_setzero_pd(), v); }
 };
 
 }  // namespace
-}  // namespace fused_resnet::cpu::avx2
+}  // namespace avx2
+}  // namespace fused_resnet::cpu

@@ -1,4 +1,4 @@
-// Vectors of AVX-512: 16 fp32 or 8 float64 a vector; see vec.h.
+// Vectors of AVX-512: 16 fp32 or 8 float64. The interface is told in vec_loop.h.
 //
 // bf16 is rounded with integer instructions even where AVX512_BF16 is there: its vcvtneps2bf16
 // flushes subnormal numbers to zero.
@@ -8,18 +8,19 @@
 
 #include <cstdint>
 
-namespace fused_resnet::cpu::avx512 {
+namespace fused_resnet::cpu {
+namespace avx512 {
 namespace {
 
-// max(0, x) returns its second operand when either is NaN or both are zeros, so NaN and -0 pass.
 struct FloatMath {
-  static constexpr int kWidth = 16;
+  using Param = float;
   using Register = __m512;
+  static constexpr int kWidth = 16;
+  static __m512 load_param(const float* p) { return _mm512_loadu_ps(p); }
   static __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
   static __m512 multiply_add(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+  // max(0, v) returns its second operand when either is NaN or both are zeros: NaN and -0 pass.
   static __m512 relu(__m512 v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
-  // fp32 vectors of scale and shift, whatever the element.
-  static __m512 load_fp32(const float* p) { return _mm512_loadu_ps(p); }
 };
 
 struct Float32 : FloatMath {
@@ -60,13 +61,17 @@ struct BFloat16 : FloatMath {
 
 struct Float64 {
   using Element = double;
+  using Param = double;
+  using Register = __m512d;
   static constexpr int kWidth = 8;
   static __m512d load(const double* p) { return _mm512_loadu_pd(p); }
   static void store(double* p, __m512d v) { _mm512_storeu_pd(p, v); }
-  using Register = __m512d;
+  static __m512d load_param(const double* p) { return _mm512_loadu_pd(p); }
   static __m512d add(__m512d a, __m512d b) { return _mm512_add_pd(a, b); }
+  static __m512d multiply_add(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
   static __m512d relu(__m512d v) { return _mm512_max_pd(_mm512_setzero_pd(), v); }
 };
 
 }  // namespace
-}  // namespace fused_resnet::cpu::avx512
+}  // namespace avx512
+}  // namespace fused_resnet::cpu

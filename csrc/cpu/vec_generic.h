@@ -1,11 +1,13 @@
-// One element a vector, in portable C++; see vec.h. The compiler vectorises fp32 and float64;
-// 16-bit floats are converted by hand, since not every compiler knows them as types.
+// Vectors of one element in portable C++. The compiler widens loops of fp32 and float64; 16-bit
+// floats are converted by hand, since not every compiler knows them as types. The interface is told
+// in vec_loop.h.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-namespace fused_resnet::cpu::generic {
+namespace fused_resnet::cpu {
+namespace generic {
 namespace {
 
 template <typename To, typename From>
@@ -19,12 +21,13 @@ To bit_cast(From from) {
 constexpr uint32_t kFloatInf = 0x7f800000;
 constexpr uint32_t kFloatMagnitude = 0x7fffffff;
 
-float bfloat16_to_float(uint16_t value) {
+inline float bfloat16_to_float(uint16_t value) {
   return bit_cast<float>(static_cast<uint32_t>(value) << 16);
 }
 
-uint16_t float_to_bfloat16(float value) {
+inline uint16_t float_to_bfloat16(float value) {
   uint32_t bits = bit_cast<uint32_t>(value);
+  // Rounding could carry a NaN into infinity: it is cut instead, and kept quiet.
   if ((bits & kFloatMagnitude) > kFloatInf) return static_cast<uint16_t>(bits >> 16 | 0x40);
   bits += 0x7fff + (bits >> 16 & 1);
   return static_cast<uint16_t>(bits >> 16);
@@ -33,7 +36,7 @@ uint16_t float_to_bfloat16(float value) {
 // float16: sign 1, exponent 5 (bias 15), fraction 10; float: 1, 8 (bias 127), 23.
 constexpr uint32_t kRebias = (127 - 15) << 23;
 
-float float16_to_float(uint16_t value) {
+inline float float16_to_float(uint16_t value) {
   const uint32_t sign = static_cast<uint32_t>(value & 0x8000) << 16;
   const uint32_t magnitude = value & 0x7fff;
   uint32_t bits;
@@ -47,7 +50,7 @@ float float16_to_float(uint16_t value) {
   return bit_cast<float>(sign | bits);
 }
 
-uint16_t float_to_float16(float value) {
+inline uint16_t float_to_float16(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint32_t sign = bits >> 16 & 0x8000;
   uint32_t magnitude = bits & kFloatMagnitude;
@@ -66,33 +69,38 @@ uint16_t float_to_float16(float value) {
 
 template <typename T>
 struct Math {
-  static constexpr int kWidth = 1;
+  using Param = T;
   using Register = T;
+  static constexpr int kWidth = 1;
+  static T load_param(const T* p) { return *p; }
   static T add(T a, T b) { return a + b; }
   static T multiply_add(T a, T b, T c) { return a * b + c; }
   // Not std::max: a NaN and -0 must pass, and the comparison is false for both.
   static T relu(T v) { return v < T(0) ? T(0) : v; }
-  static float load_fp32(const float* p) { return *p; }
 };
 
 template <typename T>
-struct Scalar : Math<T> {
+struct Same : Math<T> {
   using Element = T;
   static T load(const T* p) { return *p; }
-  static void store(T* p, T value) { *p = value; }
+  static void store(T* p, T v) { *p = v; }
 };
 
-template <float (*kWiden)(uint16_t), uint16_t (*kNarrow)(float)>
-struct HalfScalar : Math<float> {
+using Float32 = Same<float>;
+using Float64 = Same<double>;
+
+struct Float16 : Math<float> {
   using Element = uint16_t;
-  static float load(const uint16_t* p) { return kWiden(*p); }
-  static void store(uint16_t* p, float value) { *p = kNarrow(value); }
+  static float load(const uint16_t* p) { return float16_to_float(*p); }
+  static void store(uint16_t* p, float v) { *p = float_to_float16(v); }
 };
 
-using Float32 = Scalar<float>;
-using Float64 = Scalar<double>;
-using Float16 = HalfScalar<float16_to_float, float_to_float16>;
-using BFloat16 = HalfScalar<bfloat16_to_float, float_to_bfloat16>;
+struct BFloat16 : Math<float> {
+  using Element = uint16_t;
+  static float load(const uint16_t* p) { return bfloat16_to_float(*p); }
+  static void store(uint16_t* p, float v) { *p = float_to_bfloat16(v); }
+};
 
 }  // namespace
-}  // namespace fused_resnet::cpu::generic
+}  // namespace generic
+}  // namespace fused_resnet::cpu
