@@ -564,6 +564,20 @@ def test_ldmatrix_bank_conflicts(emulator: Emulator) -> None:
 
 
 @checked
+def test_copies_that_nobody_reads(emulator: Emulator) -> None:
+    def unread(kernel: str) -> dict[int, int]:
+        a, b = (torch.randn(32, 32).half() for _ in "ab")
+        arguments = {"a": a, "b": b, "c": Output(torch.zeros(32, 32))}
+        report = emulator.launch(kernel, arguments, grid=1, block=32)
+        report.raise_findings()
+        return {place.line: count for place, count in report.unread_copies.items()}
+
+    assert unread("matrix_product/fp16") == {}
+    # Rows 8-15 and 24-31 of a, four copies each.
+    assert unread("matrix_product/wrong_row") == {line_of("cp_async<16>(at(tiles[0]"): 16 * 4}
+
+
+@checked
 def test_bytes_and_widths(emulator: Emulator) -> None:
     report = copy(emulator, "copy/fp32")
     x, y = report.buffers["x"], report.buffers["y"]

@@ -22,7 +22,7 @@ CACHE = Path(os.environ.get("EMULATOR_CACHE", HERE.parents[1] / ".cache" / "emul
 CACHE_BYTES = 512 << 20
 
 CXX = os.environ.get("CXX", "g++")
-COMMON = ["-std=c++17", "-march=native", "-fPIC", "-g1", "-Wall", "-Wextra"]
+COMMON = ["-std=c++17", "-march=native", "-fPIC", "-g1", "-Wall", "-Wextra", "-fmax-errors=5"]
 RUNTIME = [*COMMON, "-O3"]
 KERNELS = [
     *COMMON,

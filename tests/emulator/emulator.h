@@ -53,7 +53,7 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// The 16-bit formats are storage only, as most kernels use them: arithmetic is done in fp32.
+// The 16-bit formats are storage only: kernels convert to fp32 to compute.
 struct __half {
   uint16_t bits;
 };
@@ -62,6 +62,12 @@ struct __nv_bfloat16 {
 };
 
 namespace emulator {
+
+#ifdef __aarch64__
+using Binary16 = __fp16;
+#else
+using Binary16 = _Float16;
+#endif
 
 // Where a kernel calls an operation, as the compiler sees it: a default argument, evaluated there.
 struct Site {
@@ -206,7 +212,7 @@ inline uint32_t round_to_tf32(float x) {
 
 inline float to_float(float x) { return x; }
 inline float to_float(uint8_t x) { return x; }
-inline float to_float(__half x) { return static_cast<float>(bit_cast<_Float16>(x.bits)); }
+inline float to_float(__half x) { return static_cast<float>(bit_cast<Binary16>(x.bits)); }
 inline float to_float(__nv_bfloat16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
 
 template <class T>
@@ -217,7 +223,7 @@ inline float from_float<float>(float x) {
 }
 template <>
 inline __half from_float<__half>(float x) {
-  return {bit_cast<uint16_t>(static_cast<_Float16>(x))};
+  return {bit_cast<uint16_t>(static_cast<Binary16>(x))};
 }
 template <>
 inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {

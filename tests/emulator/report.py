@@ -114,6 +114,9 @@ class Report:
     counters: dict[str, int]
     buffers: dict[str, BufferTraffic]
     instructions: tuple[Instruction, ...]
+    #: Copies by cp.async that were overwritten or given up before anybody read them. No defect by
+    #: itself, but a sign of a wrong address, or of bytes that need not be moved.
+    unread_copies: dict[Place, int]
 
     @property
     def kinds(self) -> set[str]:
@@ -146,6 +149,7 @@ class Report:
                 f"wrote {b.bytes_written} ({b.unique_bytes_written} unique)"
             )
         lines += [f"  {instruction}" for instruction in self.instructions]
+        lines += [f"  {p}: {n} copies never read" for p, n in self.unread_copies.items()]
         return "\n".join(lines)
 
 
@@ -199,4 +203,8 @@ def parse_report(kernel: str, library: Path, raw: dict[str, Any]) -> Report:
         Instruction(i["kind"], i["width"], i["executed"], i["cost"], i["ideal"], library, i["pc"])
         for i in raw.get("instructions", [])
     )
-    return Report(kernel, findings, raw["counters"], buffers, instructions)
+    unread: dict[Place, int] = {}
+    for pc, count in raw.get("unread_copies", []):
+        place = Place(*_outermost_wrapper(library, pc))
+        unread[place] = unread.get(place, 0) + count
+    return Report(kernel, findings, raw["counters"], buffers, instructions, unread)

@@ -22,6 +22,7 @@ enum Bug {
   kUninitialised,
   kMissingFence,
   kMissingAtomic,
+  kWrongRow,
 };
 
 // y[row] = sum of x[row, :]: one block to a row, shuffles within a warp, shared memory between
@@ -115,7 +116,7 @@ __global__ void pipeline(const float* x, float* y, int tiles) {
 
 // c[32, 32] = a[32, 32] b[32, 32] by one warp: a by ldmatrix, b by ldmatrix_trans. Rows of 64 bytes
 // are swizzled in 16-byte chunks; without that, ldmatrix conflicts.
-template <class T, bool swizzled>
+template <class T, bool swizzled, Bug bug = kNone>
 __global__ void matrix_product(const T* a, const T* b, float* c) {
   SHARED_ARRAY(T, tiles, [2][32 * 32]);
   const int lane = threadIdx.x;
@@ -133,7 +134,8 @@ __global__ void matrix_product(const T* a, const T* b, float* c) {
   for (int k = 0; k < 2; ++k) {
     uint32_t rows[2][4], columns[4][2];
     for (int i = 0; i < 2; ++i) {
-      ldmatrix(rows[i], at(tiles[0], i * 16 + lane % 16, k * 2 + lane / 16));
+      ldmatrix(rows[i],
+               at(tiles[0], i * 16 + lane % (bug == kWrongRow ? 8 : 16), k * 2 + lane / 16));
     }
     for (int j = 0; j < 4; ++j) {
       ldmatrix_trans(columns[j], at(tiles[1], k * 16 + lane % 16, j));
@@ -324,6 +326,7 @@ EMULATOR_KERNEL("pipeline/no_wait", pipeline<kNoWait>);
 EMULATOR_KERNEL("matrix_product/fp16", matrix_product<__half, true>);
 EMULATOR_KERNEL("matrix_product/bf16", matrix_product<__nv_bfloat16, true>);
 EMULATOR_KERNEL("matrix_product/unswizzled", matrix_product<__half, false>);
+EMULATOR_KERNEL("matrix_product/wrong_row", matrix_product<__half, true, kWrongRow>);
 EMULATOR_KERNEL("matrix_product/tf32", matrix_product_tf32);
 EMULATOR_KERNEL("copy/fp32", copy<float, kNone>);
 EMULATOR_KERNEL("copy/uint8", copy<uint8_t, kNone>);

@@ -1,6 +1,8 @@
 // Warp collectives: each lane leaves its operands and waits; the last one to arrive does the work
 // for all, so that what the lanes exchange cannot depend on their order.
+#ifdef __F16C__
 #include <immintrin.h>
+#endif
 
 #include "runtime.h"
 

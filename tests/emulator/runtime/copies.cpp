@@ -13,7 +13,7 @@ void land(const PendingCopy& copy) {
   } else {
     memset(copy.shared, 0, copy.bytes);
   }
-  if (execution.checked) mark_landed(copy.shared, copy.bytes);
+  if (execution.checked) mark_landed(copy.shared, copy.bytes, copy.valid ? copy.pc : 0);
 }
 
 }  // namespace

@@ -92,6 +92,8 @@ const char* emulator_launch(int kernel, void** arguments, const unsigned* grid,
   if (execution.checked) {
     answer += ",";
     append_traffic(answer);
+    answer += ",";
+    append_unread_copies(answer);
   }
   answer += "}";
   return answer.c_str();

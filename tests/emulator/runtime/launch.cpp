@@ -322,6 +322,7 @@ void launch(const Kernel& kernel, void** arguments, const LaunchOptions& options
     current = nullptr;
     if (execution.checked) {
       for (const Warp& warp : warps) flush_traffic(warp);
+      if (!failed()) end_block_ordering();
     }
     if (failed()) break;
   }

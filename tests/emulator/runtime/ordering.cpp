@@ -29,9 +29,13 @@ constexpr uint32_t kInFlight = ~0u;  // of a cp.async; compares as unordered wit
 
 // ---- Shared memory -----------------------------------------------------------------------------
 
+constexpr size_t kChunk = 16;
+
 struct SharedShadow {
   uint32_t write_stamps[kSharedRoom], read_stamps[kSharedRoom];
   uint32_t write_pcs[kSharedRoom], read_pcs[kSharedRoom];
+  // Per 16 bytes: the cp.async that brought data here which nobody has read; else 0.
+  uint32_t unread[kSharedRoom / kChunk];
 };
 SharedShadow shadow;
 
@@ -52,6 +56,18 @@ struct SharedView {
     return ordered(earlier) ? stamp : stamp | (same_warp ? kSeveralLanes : kSeveralWarps);
   }
 };
+
+std::unordered_map<uint32_t, uint64_t> unread_copies;  // of this launch, by pc
+
+// Shared memory that cp.async filled is about to be overwritten or given up.
+void discard(size_t first, size_t bytes) {
+  for (size_t chunk = first / kChunk; chunk <= (first + bytes - 1) / kChunk; ++chunk) {
+    if (__builtin_expect(shadow.unread[chunk] != 0, 0)) {
+      ++unread_copies[shadow.unread[chunk]];
+      shadow.unread[chunk] = 0;
+    }
+  }
+}
 
 uint32_t shared_time(uint64_t time) {
   if (time < execution.block_start) return 0;
@@ -127,11 +143,15 @@ inline void order_shared_bytes(size_t first, size_t count, bool write, uintptr_t
   if (__builtin_expect(bad != 0, 0)) report_shared(view, first, bytes, write, pc);
   const uint32_t where = relative_pc(pc);
   if (write) {
+    discard(first, bytes);
     for (size_t i = 0; i < bytes; ++i) write_stamps[i] = view.stamp;
     for (size_t i = 0; i < bytes; ++i) shadow.write_pcs[first + i] = where;
   } else {
     for (size_t i = 0; i < bytes; ++i) read_stamps[i] = view.merged(read_stamps[i]);
     for (size_t i = 0; i < bytes; ++i) shadow.read_pcs[first + i] = where;
+    for (size_t chunk = first / kChunk; chunk <= (first + bytes - 1) / kChunk; ++chunk) {
+      shadow.unread[chunk] = 0;
+    }
   }
 }
 
@@ -247,6 +267,7 @@ uint64_t merged_read(uint64_t earlier) {
 void begin_launch_ordering() {
   block_starts.clear();
   released.clear();
+  unread_copies.clear();
 }
 
 void begin_block_ordering() {
@@ -262,6 +283,28 @@ void forget_shared(const char* begin, const char* end) {
   const size_t first = shadow_index(begin), count = end - begin;
   memset(shadow.write_stamps + first, 0, count * sizeof(uint32_t));
   memset(shadow.read_stamps + first, 0, count * sizeof(uint32_t));
+  if (count == 0) return;
+  const size_t first_chunk = first / kChunk, last_chunk = (first + count - 1) / kChunk;
+  memset(shadow.unread + first_chunk, 0, (last_chunk - first_chunk + 1) * sizeof(uint32_t));
+}
+
+void end_block_ordering() {
+  const auto give_up = [](const char* begin, const char* end) {
+    if (begin < end) discard(shadow_index(begin), end - begin);
+  };
+  give_up(shared_memory.dynamic, shared_memory.dynamic_end);
+  for (const auto& array : shared_memory.arrays) give_up(array.begin, array.end);
+}
+
+void append_unread_copies(std::string& json) {
+  json += "\"unread_copies\":[";
+  bool first = true;
+  for (const auto& [pc, count] : unread_copies) {
+    json += first ? "[" : ",[";
+    first = false;
+    json += std::to_string(pc) + "," + std::to_string(count) + "]";
+  }
+  json += "]";
 }
 
 void order_shared(const char* address, size_t bytes, bool write, uintptr_t pc) {
@@ -284,8 +327,10 @@ void mark_in_flight(const char* address, size_t bytes) {
   std::fill_n(shadow.write_stamps + shadow_index(address), bytes, kInFlight);
 }
 
-void mark_landed(const char* address, size_t bytes) {
-  std::fill_n(shadow.write_stamps + shadow_index(address), bytes, shared_view().stamp);
+void mark_landed(const char* address, size_t bytes, uintptr_t source_pc) {
+  const size_t first = shadow_index(address);
+  std::fill_n(shadow.write_stamps + first, bytes, shared_view().stamp);
+  if (source_pc != 0) shadow.unread[first / kChunk] = relative_pc(source_pc);
 }
 
 void order_global(Buffer& buffer, const char* address, size_t bytes, bool write, uintptr_t pc) {

@@ -233,10 +233,13 @@ void check_access(const void* address, size_t bytes, bool write, uintptr_t pc);
 // ordering.cpp
 void begin_launch_ordering();
 void begin_block_ordering();
+void end_block_ordering();
+void append_unread_copies(std::string& json);
 void forget_shared(const char* begin, const char* end);
 void order_shared(const char* address, size_t bytes, bool write, uintptr_t pc);
 void mark_in_flight(const char* address, size_t bytes);
-void mark_landed(const char* address, size_t bytes);
+// `source_pc` is the copy's, or 0 if it brought zeros, which nobody has to read.
+void mark_landed(const char* address, size_t bytes, uintptr_t source_pc);
 void order_global(Buffer& buffer, const char* address, size_t bytes, bool write, uintptr_t pc);
 void order_atomic(Buffer& buffer, const char* address, size_t bytes, uintptr_t pc);
 void order_fence();

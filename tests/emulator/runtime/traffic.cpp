@@ -47,8 +47,17 @@ WarpTraffic warp_traffic[kMaxThreads / kWarpSize];
 
 int find_instruction(Traffic kind, uintptr_t pc, size_t bytes) {
   const uintptr_t key = pc << 3 | static_cast<uintptr_t>(kind);
+  // A kernel has few instructions, so most look-ups end here.
+  static struct {
+    uintptr_t key;
+    uint64_t launch;
+    int index;
+  } recent[1024];
+  auto& slot = recent[(key ^ key >> 12) % 1024];
+  if (slot.key == key && slot.launch == execution.launch) return slot.index;
   const auto [entry, is_new] = instruction_of.try_emplace(key, instructions.size());
   if (is_new) instructions.push_back({kind, pc, static_cast<int>(bytes), 0, 0, 0});
+  slot = {key, execution.launch, entry->second};
   return entry->second;
 }
 
@@ -89,26 +98,36 @@ void count_shared(Instruction& instruction, const WarpInstruction& warp) {
   }
 }
 
+// A few distinct numbers. Lanes tend to come in ascending order, which needs no search.
+class Distinct {
+ public:
+  void add(uint64_t value) {
+    const bool is_new = count_ == 0 || value > largest_ ||
+                        std::find(values_, values_ + count_, value) == values_ + count_;
+    if (!is_new) return;
+    values_[count_++] = value;
+    largest_ = std::max(largest_, value);
+  }
+  int count() const { return count_; }
+
+ private:
+  uint64_t values_[2 * kWarpSize];
+  uint64_t largest_ = 0;
+  int count_ = 0;
+};
+
 void count_global(Instruction& instruction, const WarpInstruction& warp) {
-  uint64_t sectors[2 * kWarpSize], addresses[kWarpSize];
-  int sector_count = 0, address_count = 0;
-  const auto add = [](uint64_t* set, int& count, uint64_t value) {
-    // Newest first: neighbouring lanes are likely to share.
-    for (int i = count - 1; i >= 0; --i) {
-      if (set[i] == value) return;
-    }
-    set[count++] = value;
-  };
+  Distinct sectors, addresses;
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if ((warp.lanes >> lane & 1u) == 0) continue;
     const uint64_t address = warp.addresses[lane];
-    add(addresses, address_count, address);
-    add(sectors, sector_count, address / kSectorBytes);
-    add(sectors, sector_count, (address + instruction.bytes - 1) / kSectorBytes);
+    addresses.add(address);
+    sectors.add(address / kSectorBytes);
+    sectors.add((address + instruction.bytes - 1) / kSectorBytes);
   }
   ++instruction.executed;
-  instruction.cost += sector_count;
-  instruction.ideal += (address_count * instruction.bytes + kSectorBytes - 1) / kSectorBytes;
+  instruction.cost += sectors.count();
+  instruction.ideal += (addresses.count() * instruction.bytes + kSectorBytes - 1) / kSectorBytes;
 }
 
 bool is_global(Traffic kind) {
