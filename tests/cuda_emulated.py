@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from torch import Tensor
 from fused_resnet.backends import cuda
 from fused_resnet.backends.cuda_schedule import ConvSchedule
 from fused_resnet.problem import EPILOGUES, ConvProblem, conv_out_size
-from tests.emulator import Buffer, Report
+from tests.emulator import Buffer, Output, Report
 from tests.emulator.project import kernels
 
 DTYPES = {
@@ -222,3 +223,113 @@ def conv(
         for buffer in buffers.values():
             buffer.close()
     return y.permute(0, 3, 1, 2)
+
+
+def stem(
+    run: Run,
+    problem: ConvProblem,
+    arithmetic: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Tensor:
+    """``conv_affine_relu_maxpool`` of x with any dense strides, floating point or uint8."""
+    packed = cuda.pack_stem(weight, arithmetic == "tf32")
+    n, k, ph, pw = problem.out_shape
+    y = torch.empty(n, ph, pw, k, dtype=packed.dtype)
+    # x as it lies in memory, with its strides beside it.
+    flat = x.as_strided((x.numel(),), (1,))
+    tensors = {"x": flat, "weight": packed, "scale": scale, "shift": shift, "y": y}
+    buffers = {name: run.buffer(t, name, name != "y") for name, t in tensors.items()}
+    try:
+        args = StemArgs(problem=c_problem(problem), pool_h=ph, pool_w=pw)
+        for name, buffer in buffers.items():
+            setattr(args, name, buffer.address)
+            buffer.protect(name == "y")
+        for dimension, stride in zip("nchw", x.stride(), strict=True):
+            setattr(args, f"stride_{dimension}", stride)
+        for c in range(problem.c if mean is not None and std is not None else 0):
+            args.input_scale[c] = 1 / (255 * std[c])
+            args.input_shift[c] = -mean[c] / std[c]
+        shared_bytes = _planner("stem", run.checked).stem_shared_bytes(packed.element_size())
+        run.launch(
+            "stem",
+            f"stem<{arithmetic}{',uint8' if x.dtype == torch.uint8 else ''}>",
+            {"args": args},
+            (n * -(-ph // 4) * -(-pw // 8), -(-k // 64)),
+            160,
+            shared_bytes,
+        )
+        buffers["y"].copy_to(y)
+    finally:
+        for buffer in buffers.values():
+            buffer.close()
+    return y.permute(0, 3, 1, 2)
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def add_relu(
+    run: Run, a: Tensor, b: Tensor, placements: tuple[str, str, str] | None, blocks: int = 3
+) -> Tensor:
+    """relu(a + b) of flat tensors; into a if ``placements`` is None.
+
+    A buffer placed "left" begins at a page, one placed "right" ends at one: where its size is not a
+    multiple of 16 bytes it is misaligned.
+    """
+    size = a.element_size()
+    with contextlib.ExitStack() as stack:
+
+        def buffer(tensor: Tensor, name: str, placement: str) -> Buffer:
+            return stack.enter_context(
+                Buffer(tensor, name=name, placement=placement, alignment=size)
+            )
+
+        where = placements or ("right",) * 3
+        first = buffer(a, "a", where[0])
+        arguments = {"a": first, "b": buffer(b, "b", where[1])}
+        arguments["y"] = first if placements is None else buffer(a, "y", where[2])
+        run.launch(
+            "elementwise",
+            f"add_relu<{_name(a)}>",
+            {**arguments, "count": a.numel()},
+            (blocks,),
+            256,
+        )
+        result: Tensor = arguments["y"].read()
+    return result
+
+
+def global_average_pool(run: Run, x: Tensor) -> Tensor:
+    """[N, P, C] to its means over P, [N, C]."""
+    n, pixels, c = x.shape
+    y = torch.empty(n, c, dtype=x.dtype)
+    vector = 16 // x.element_size()
+    size, suffix = (vector, "") if c % vector == 0 else (1, ",scalar")
+    run.launch(
+        "elementwise",
+        f"global_average_pool<{_name(x)}{suffix}>",
+        {"x": x, "y": Output(y), "pixels": pixels, "channels": c},
+        (n, -(-c // (32 * size))),
+        256,
+    )
+    return y
+
+
+def transpose(run: Run, x: Tensor) -> Tensor:
+    """[N, I, J] to [N, J, I]."""
+    n, rows, columns = x.shape
+    y = torch.empty(n, columns, rows, dtype=x.dtype)
+    run.launch(
+        "elementwise",
+        f"transpose<{_name(x)}>",
+        {"x": x, "y": Output(y), "rows": rows, "columns": columns},
+        (-(-rows // 64) * -(-columns // 64), n),
+        256,
+    )
+    return y

@@ -24,10 +24,10 @@ __global__ void __launch_bounds__(kTransposeThreads)
   const int64_t first_row = blockIdx.x / tiles * kTransposeTile;
   const int64_t first_column = blockIdx.x % tiles * kTransposeTile;
   const int64_t image = int64_t{blockIdx.y} * rows * columns;
-  // Where a vector has 8 elements, a lane begins with the second half of them if its neighbours in
-  // one access begin with the first, so that all meet different banks.
-  constexpr int kHalf = kSize == 8 ? 4 : 0;
-  const int rotate = threadIdx.x / 4 % 2 * kHalf;
+  // Of the lanes that work on one row of the tile, half begin with the second half of their
+  // vectors, so that all meet different banks.
+  constexpr int kHalf = kSize / 2;
+  const int rotate = threadIdx.x / (kVectors / 2) % 2 * kHalf;
 
   const bool read_vectors = columns % kSize == 0 && is_aligned(x);
   for (int i = threadIdx.x; i < kTransposeTile * kVectors; i += kTransposeThreads) {

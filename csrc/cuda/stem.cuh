@@ -22,6 +22,8 @@
 // Minimum   Bytes: x, weight and y once. Operations: 2 N OH OW K 7 7 C.
 #pragma once
 
+#include <type_traits>
+
 #include "../epilogue.h"
 #include "device.h"
 #include "math.cuh"
@@ -102,6 +104,19 @@ __device__ __forceinline__ void load_stem_pixel(char* target, const StemArgs& ar
   }
 }
 
+// Drops the pixel under the padding tap of a kernel row: its weight is zero, but a NaN or an
+// infinity times zero would not be. Of the row's last step it is the second half of the last chunk
+// (16 bits), or all of that chunk (tf32).
+template <class T, int kTilesM>
+__device__ __forceinline__ void drop_padding_tap(uint32_t (&a)[kTilesM][4]) {
+  const bool keep = sizeof(T) == 2 && threadIdx.x % 4 < 2;
+#pragma unroll
+  for (int i = 0; i < kTilesM; ++i) {
+    a[i][2] = keep ? a[i][2] : 0;
+    a[i][3] = keep ? a[i][3] : 0;
+  }
+}
+
 // The greater of two elements; a NaN wins.
 __device__ __forceinline__ float max_or_nan(float a, float b) { return b > a || b != b ? b : a; }
 
@@ -111,7 +126,10 @@ __global__ void __launch_bounds__(StemTile<typename Math::Element>::kThreads)
   using T = typename Math::Element;
   using Tile = StemTile<T>;
   constexpr int kTilesM = Tile::kWarpPixels / 16, kTilesN = Tile::kChannels / 8;
-  constexpr int kSteps = Tile::kRunChunks * kVectorBytes / Math::kStepBytes;
+  constexpr bool kTensorCores = !std::is_same_v<Math, Float32Math>;
+  // Without tensor cores a step is one pixel, and the last of a row is the padding tap's.
+  constexpr int kSteps =
+      Tile::kRunChunks * kVectorBytes / Math::kStepBytes - (kTensorCores ? 0 : 1);
   DYNAMIC_SHARED(char, shared);
   char* const patch = shared;
   char* const weights = shared + Tile::kPatchBytes;
@@ -165,6 +183,9 @@ __global__ void __launch_bounds__(StemTile<typename Math::Element>::kThreads)
             return weights + (j * 8 + row) * Tile::kWeightBytes +
                    (tap_row * Tile::kRunChunks + chunk) * kVectorBytes;
           });
+      if constexpr (kTensorCores) {
+        if (step == kSteps - 1) drop_padding_tap<T>(fragments.a);
+      }
       Math::multiply(sums, fragments);
     }
   }
