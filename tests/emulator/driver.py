@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ _NUMBERS = {
     ("f", 4): ctypes.c_float,
     ("f", 8): ctypes.c_double,
 }
+
+
+# The runtime executes one launch at a time.
+_one_launch = threading.Lock()
 
 
 @functools.cache
@@ -89,7 +94,8 @@ class Buffer:
     """Global memory between guard pages, with the contents, shape and dtype of an array or tensor.
 
     It lives until it is closed, so it can hold what one kernel writes and the next one reads. In a
-    launch it is read-only where the kernel's parameter points to const.
+    launch it is read-only where the kernel's parameter points to const; one whose ``address`` is
+    passed inside a structure is as ``protect`` left it.
 
     Args:
         array: Dense numpy array or CPU tensor.
@@ -254,17 +260,18 @@ class Emulator:
             for buffer, is_writable in writable.items():
                 buffer.protect(is_writable)
             pointers = (ctypes.c_void_p * max(1, len(values)))(*map(ctypes.addressof, values))
-            answer = _runtime().emulator_launch(
-                number,
-                pointers,
-                (ctypes.c_uint * 3)(*extents[0]),
-                (ctypes.c_uint * 3)(*extents[1]),
-                shared_bytes,
-                SCHEDULES.index(schedule),
-                seed,
-                PLACEMENTS.index(placement),
-                cpu_seconds,
-            )
+            with _one_launch:
+                answer = _runtime().emulator_launch(
+                    number,
+                    pointers,
+                    (ctypes.c_uint * 3)(*extents[0]),
+                    (ctypes.c_uint * 3)(*extents[1]),
+                    shared_bytes,
+                    SCHEDULES.index(schedule),
+                    seed,
+                    PLACEMENTS.index(placement),
+                    cpu_seconds,
+                )
             for buffer, array in temporary:
                 if array is not None:
                     buffer.copy_to(array)
