@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 #: Bytes of each fundamental type.
@@ -139,6 +140,7 @@ _VARIABLE = re.compile(
     re.DOTALL,
 )
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{]*)\{")
+_BRACE = re.compile(r"[{}]")
 _LABEL = re.compile(r"([\w$]+):(?!:)")
 _LINE_DIRECTIVE = re.compile(r"\.(loc|file)\b")
 _STATEMENT = re.compile(r"(?:@(!?)([\w$%]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.DOTALL)
@@ -151,15 +153,15 @@ def strip_comments(text: str) -> str:
     return re.sub(r"//[^\n]*", "", text)
 
 
-def parse_module(text: str) -> tuple[dict[str, Entry], list[Variable]]:
-    """Kernels by name, and the variables of the module."""
+def parse_module(text: str) -> tuple[dict[str, Callable[[], Entry]], list[Variable]]:
+    """What parses each kernel, by name, and the variables of the module."""
     text = strip_comments(text)
-    entries: dict[str, Entry] = {}
+    entries: dict[str, Callable[[], Entry]] = {}
     spans: list[tuple[int, int]] = []
     for match in _ENTRY.finditer(text):
         end = _closing(text, match.end() - 1)
         spans.append((match.start(), end))
-        entries[match.group(1)] = _Body(text, match, end).entry
+        entries[match.group(1)] = functools.partial(_entry, text, match, end)
     if not entries:
         raise PtxError("no .entry in this PTX")
     functions = re.finditer(r"\.func\b[^;{]*\{", text)
@@ -171,13 +173,17 @@ def parse_module(text: str) -> tuple[dict[str, Entry], list[Variable]]:
     return entries, [v for v in found if v is not None]
 
 
+def _entry(text: str, head: re.Match[str], end: int) -> Entry:
+    return _Body(text, head, end).entry
+
+
 def _closing(text: str, start: int) -> int:
     """Position of the brace that closes the one at ``start``."""
     depth = 0
-    for position in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
+    for brace in _BRACE.finditer(text, start):
+        depth += 1 if brace.group() == "{" else -1
         if depth == 0:
-            return position
+            return brace.start()
     raise PtxError(f"line {text.count(chr(10), 0, start) + 1}: unbalanced brace")
 
 
@@ -224,6 +230,8 @@ def _literal(word: str) -> Imm | None:
 
 def split(text: str, separator: str = ",") -> list[str]:
     """Parts between separators that stand outside of brackets."""
+    if not any(bracket in text for bracket in "{[("):
+        return [part.strip() for part in text.split(separator)] if text else []
     parts, depth, part = [], 0, ""
     for letter in text:
         depth += (letter in "{[(") - (letter in "}])")

@@ -37,29 +37,31 @@ class Module:
     """The kernels of a PTX text: ``module[name]``, or by a part of the name that only one has."""
 
     def __init__(self, text: str) -> None:
-        entries, self._variables = parse_module(text)
-        self._kernels = {name: Kernel(entry, self._variables) for name, entry in entries.items()}
+        self._parsers, self._variables = parse_module(text)
+        self._kernels: dict[str, Kernel] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the kernels, in the order of the text."""
-        return tuple(self._kernels)
+        return tuple(self._parsers)
 
     def __getitem__(self, name: str) -> Kernel:
-        if name in self._kernels:
-            return self._kernels[name]
-        matches = [n for n in self._kernels if name in n]
+        matches = [name] if name in self._parsers else [n for n in self._parsers if name in n]
         if len(matches) != 1:
-            raise KeyError(f"{name!r} matches {matches} of the kernels {list(self._kernels)}")
+            raise KeyError(f"{name!r} matches {matches} of the kernels {list(self._parsers)}")
+        if matches[0] not in self._kernels:
+            self._kernels[matches[0]] = Kernel(self._parsers[matches[0]](), self._variables)
         return self._kernels[matches[0]]
 
 
 def load(text: str) -> Module:
-    """Parse PTX.
+    """The kernels of a PTX text.
+
+    A kernel is parsed when it is first asked for, and its instructions are decoded when it is run:
+    what the runner does not know is an error only where it is used.
 
     Raises:
-        PtxError: the text is not PTX; the message names the line. Unknown *instructions* are only
-            refused when a kernel that holds them is run.
+        PtxError: the text holds no kernel, or its braces do not match.
     """
     return Module(text)
 

@@ -448,10 +448,10 @@ def test_a_copy_of_nothing_reads_nothing() -> None:
 
 def test_copies_are_aligned() -> None:
     body = "cp.async.cg.shared.global [%r1], [%rd0+8], 16;" + READ
-    with pytest.raises(PtxError, match="global address .* not a multiple of 16"):
+    with pytest.raises(PtxError, match=r"global address .* not a multiple of 16"):
         copied(body)
     body = "cp.async.ca.shared.global [%r1+4], [%rd0], 8;" + READ
-    with pytest.raises(PtxError, match="shared.* not a multiple of 8"):
+    with pytest.raises(PtxError, match=r"shared.* not a multiple of 8"):
         copied(body)
 
 
@@ -619,12 +619,11 @@ def mma(a: np.ndarray, b: np.ndarray, c: np.ndarray, name: str, d_kind: str = "f
     lane = np.arange(32)
     group, t = lane // 4, lane % 4
     per = 4 // a.itemsize  # elements a register
-    rows_of_a, ks_of_a, ks_of_b = [], [], []
+    rows_of_a, ks_of_a = [], []
     for number in range(4 if k * a.itemsize == 32 else 2):
         rows_of_a.append(group + 8 * (number % 2))
         ks_of_a.append(4 * per * (number // 2) + per * t)
-    for number in range(2 if k * a.itemsize == 32 else 1):
-        ks_of_b.append(4 * per * number + per * t)
+    ks_of_b = [4 * per * number + per * t for number in range(2 if k * a.itemsize == 32 else 1)]
 
     def word(values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(values).view(np.uint32).reshape(32)
