@@ -481,7 +481,29 @@ def test_in_place_update_of_a_neighbour(emulator: Emulator, schedule: str) -> No
 
 @checked
 @schedules
-@pytest.mark.parametrize("bug", ["missing_fence", "missing_atomic"])
+def test_one_of_many_readers_writes(emulator: Emulator, schedule: str) -> None:
+    y = np.zeros(64, np.float32)
+    report = emulator.launch(
+        "replace_shared", {"y": Output(y)}, grid=1, block=64, schedule=schedule
+    )
+    write, read = line_of("value[0] = 2.0f"), line_of("y[threadIdx.x] = value[0]")
+    assert lines(report, "race") <= {(write, read), (read, write)}
+    assert lines(report, "race")
+
+
+@checked
+@schedules
+def test_block_writes_what_another_block_reads(emulator: Emulator, schedule: str) -> None:
+    arguments = {"x": random(1), "y": Output(np.zeros(64, np.float32))}
+    report = emulator.launch("replace_global", arguments, grid=2, block=32, schedule=schedule)
+    write, read = line_of("x[0] = 2.0f"), line_of("threadIdx.x] = x[0]")
+    assert lines(report, "global-race") <= {(write, read), (read, write)}
+    assert lines(report, "global-race")
+
+
+@checked
+@schedules
+@pytest.mark.parametrize("bug", ["missing_fence", "missing_acquire", "missing_atomic"])
 def test_split_reduction_race(emulator: Emulator, schedule: str, bug: str) -> None:
     report = split_sum(emulator, f"split_sum/{bug}", schedule)[0]
     write, read = line_of("+ t] = sum"), line_of("sum += partials[")

@@ -21,6 +21,7 @@ enum Bug {
   kMisaligned,
   kUninitialised,
   kMissingFence,
+  kMissingAcquire,
   kMissingAtomic,
   kWrongRow,
 };
@@ -205,7 +206,7 @@ __global__ void split_sum(const float* x, float* partials, int* counter, float* 
   }
   __syncthreads();
   if (!is_last[0]) return;
-  __threadfence();
+  if (bug != kMissingAcquire) __threadfence();
   sum = 0;
   for (unsigned b = 0; b < gridDim.x; ++b) sum += partials[b * blockDim.x + t];
   sums[t] = sum;
@@ -221,6 +222,21 @@ __global__ void split_sum(const float* x, float* partials, int* counter, float* 
 // Two threads, or two blocks, write each element.
 __global__ void write_twice(float* y, int stride) {
   y[(blockIdx.x * blockDim.x + threadIdx.x) / stride] = 1.0f;
+}
+
+// Everybody reads one value, then the last thread of the last block replaces it: in shared memory
+// with no barrier between, in global memory with one that the other block's threads do not share.
+__global__ void replace_shared(float* y) {
+  SHARED_ARRAY(float, value, [1]);
+  if (threadIdx.x == 0) value[0] = 1.0f;
+  __syncthreads();
+  y[threadIdx.x] = value[0];
+  if (threadIdx.x == blockDim.x - 1) value[0] = 2.0f;
+}
+__global__ void replace_global(float* x, float* y) {
+  y[blockIdx.x * blockDim.x + threadIdx.x] = x[0];
+  __syncthreads();
+  if (threadIdx.x == 0 && blockIdx.x == gridDim.x - 1) x[0] = 2.0f;
 }
 
 // y[i] += y[i + 1], in place: another thread may have written y[i + 1] by then.
@@ -337,8 +353,11 @@ EMULATOR_KERNEL("shift_copy/past_end", shift_copy<kPastEnd>);
 EMULATOR_KERNEL("shift_copy/before_begin", shift_copy<kBeforeBegin>);
 EMULATOR_KERNEL("split_sum", split_sum<kNone>);
 EMULATOR_KERNEL("split_sum/missing_fence", split_sum<kMissingFence>);
+EMULATOR_KERNEL("split_sum/missing_acquire", split_sum<kMissingAcquire>);
 EMULATOR_KERNEL("split_sum/missing_atomic", split_sum<kMissingAtomic>);
 EMULATOR_KERNEL("write_twice", write_twice);
+EMULATOR_KERNEL("replace_shared", replace_shared);
+EMULATOR_KERNEL("replace_global", replace_global);
 EMULATOR_KERNEL("add_neighbour", add_neighbour);
 EMULATOR_KERNEL("write_const", write_const);
 EMULATOR_KERNEL("write_null", write_null);

@@ -167,7 +167,7 @@ struct Release {
   uint32_t thread;
   uint64_t others_before;  // accesses of any thread before this time
   uint64_t own_before;     // of the releasing thread
-  uint64_t atomic_time;    // its atomics up to this one
+  uint64_t time;
 };
 
 // An atomic of this block that read what others released.
@@ -209,9 +209,7 @@ bool ordered_by_acquire(uint64_t earlier) {
     for (const Release& release : acquire.releases) {
       if (release.block_start != start) continue;
       if (time < release.others_before) return true;
-      if ((earlier & kFieldMask) != release.thread) continue;
-      if (time < release.own_before) return true;
-      if ((earlier & kAtomic) != 0 && time <= release.atomic_time) return true;
+      if ((earlier & kFieldMask) == release.thread && time < release.own_before) return true;
     }
   }
   return false;
@@ -391,7 +389,7 @@ void order_atomic(Buffer& buffer, const char* address, size_t bytes, uintptr_t p
   }
   for (const Release& release : passed_on) {
     const bool present = std::any_of(releases.begin(), releases.end(), [&](const Release& r) {
-      return r.block_start == release.block_start && r.atomic_time >= release.atomic_time;
+      return r.block_start == release.block_start && r.time >= release.time;
     });
     if (!present) releases.push_back(release);
   }
