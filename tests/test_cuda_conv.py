@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.certify_cuda import LAYERS
 from fused_resnet.backends.cuda import bundled, gathers, round_to_tf32
 from fused_resnet.backends.cuda_schedule import GATHER_TILES, TILES, ConvSchedule, choose
 from fused_resnet.numerics import error, reference_conv, stock_conv
@@ -19,17 +20,6 @@ from tests.emulator import SCHEDULES
 
 ARITHMETICS = tuple(emulated.DTYPES)
 
-#: (C, K, H = W, R = S, stride) of the distinct layers after the stem: ResNet-18, then ResNet-50.
-LAYERS = (
-    *((64, 64, 56, 3, 1), (64, 128, 56, 3, 2), (64, 128, 56, 1, 2), (128, 128, 28, 3, 1)),
-    *((128, 256, 28, 3, 2), (128, 256, 28, 1, 2), (256, 256, 14, 3, 1), (256, 512, 14, 3, 2)),
-    *((256, 512, 14, 1, 2), (512, 512, 7, 3, 1)),
-    *((64, 64, 56, 1, 1), (64, 256, 56, 1, 1), (256, 64, 56, 1, 1), (256, 128, 56, 1, 1)),
-    *((128, 128, 56, 3, 2), (128, 512, 28, 1, 1), (256, 512, 56, 1, 2), (512, 128, 28, 1, 1)),
-    *((512, 256, 28, 1, 1), (256, 256, 28, 3, 2), (256, 1024, 14, 1, 1), (512, 1024, 28, 1, 2)),
-    *((1024, 256, 14, 1, 1), (1024, 512, 14, 1, 1), (512, 512, 14, 3, 2), (512, 2048, 7, 1, 1)),
-    *((1024, 2048, 14, 1, 2), (2048, 512, 7, 1, 1)),
-)
 
 #: Geometries that no tile, slice or vector divides: N, C, H, W, K, (R, S), stride, padding,
 #: dilation, groups.

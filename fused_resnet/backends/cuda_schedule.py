@@ -21,6 +21,7 @@ class Tile:
         pixels: rows of the block's product.
         channels: columns of the block's product.
         row_bytes: bytes of the reduction in one slice, one trip through shared memory.
+        stages: slices that shared memory holds.
         resident: blocks that fit on a multiprocessor of sm_80, by registers and shared memory.
         tensor_share: predicted share of the tensor rate in the loop, as the certifier computes it.
     """
@@ -29,6 +30,7 @@ class Tile:
     pixels: int
     channels: int
     row_bytes: int
+    stages: int
     resident: int
     tensor_share: float
 
@@ -37,12 +39,17 @@ class Tile:
         """The tile as tables print it: ``128x64``."""
         return f"{self.pixels}x{self.channels}"
 
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return self.stages * (self.pixels + self.channels) * self.row_bytes
+
 
 TILES = (
-    Tile(0, 128, 128, 64, 2, 1.0),
-    Tile(1, 128, 64, 64, 3, 0.89),
-    Tile(2, 64, 128, 64, 3, 0.89),
-    Tile(3, 64, 64, 128, 3, 0.67),
+    Tile(0, 128, 128, 64, 4, 2, 1.0),
+    Tile(1, 128, 64, 64, 4, 3, 0.89),
+    Tile(2, 64, 128, 64, 4, 3, 0.89),
+    Tile(3, 64, 64, 128, 3, 3, 0.67),
 )
 
 #: Tiles that the gathering kernel comes in.
@@ -113,14 +120,12 @@ def choose(
     )
 
 
-#: fp16 multiply-adds per cycle and multiprocessor of sm_80, and of the other arithmetics by itemsize.
+#: fp16 multiply-adds per cycle and multiprocessor of sm_80; half of that for tf32.
 _MULTIPLY_ADDS = 1024
 #: Cycles before a slice that was asked for has landed, and cycles to start and to finish a block.
 _LATENCY, _BLOCK_OVERHEAD = 700.0, 1500.0
 #: Cycles of one more kernel launch, and bytes per cycle and multiprocessor through L2.
 _LAUNCH, _L2_BYTES = 3000.0, 40.0
-#: Slices in flight: the stages of csrc/cuda/conv_tile.h less one.
-_IN_FLIGHT = 3
 
 
 def predicted_cycles(
@@ -143,7 +148,7 @@ def predicted_cycles(
     rate = _MULTIPLY_ADDS * tile.tensor_share * 2 / problem.dtype.itemsize
     per_multiprocessor = math.ceil(blocks / multiprocessors)
     waves = math.ceil(per_multiprocessor / tile.resident)
-    alone = own_slices * _LATENCY / _IN_FLIGHT
+    alone = own_slices * _LATENCY / (tile.stages - 1)
     cycles = max(per_multiprocessor * work / rate, waves * alone) + waves * _BLOCK_OVERHEAD
     if splits > 1:
         traffic = 8 * splits * pixels * problem.k
