@@ -144,9 +144,10 @@ def _planner(library: str, checked: bool) -> ctypes.CDLL:
     return ctypes.CDLL(str(kernels(library, checked=checked).library))
 
 
-def _planned(
-    args: ConvArgs, arithmetic: str, tile: int, checked: bool
+def planned(
+    args: ConvArgs, arithmetic: str, tile: int, checked: bool = False
 ) -> Iterator[tuple[PlannedLaunch, bool]]:
+    """The kernel starts of a convolution; true with the one that adds the splits."""
     launches = (PlannedLaunch * 2)()
     plan = _planner(f"conv_{arithmetic}", checked).plan_conv
     count = plan(ctypes.byref(args), tile, 7, launches)
@@ -200,7 +201,7 @@ def conv(
             setattr(args, name, buffer.address)
         args.reduction = packed.weight.shape[1] if packed.gather is not None else 0
         name = "conv_implicit_gemm" + ("" if packed.gather is None else "_gather")
-        for launch, is_reduction in _planned(args, arithmetic, schedule.tile.index, run.checked):
+        for launch, is_reduction in planned(args, arithmetic, schedule.tile.index, run.checked):
             kernel = f"{name}<{arithmetic},{schedule.tile.name}>"
             if is_reduction:
                 kernel = f"conv_reduce_splits<{arithmetic}>"

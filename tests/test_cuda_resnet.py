@@ -108,7 +108,6 @@ def compare(name: str, dtype: torch.dtype, size: int = 224) -> None:
     assert network.run.findings == []
     found, allowed = error(logits, reference), error(stock, reference)
     assert found.within(allowed, dtype), f"{name} {dtype}: {found}, stock {allowed}"
-    assert int(logits.argmax()) == int(reference.argmax())
 
 
 def test_resnet18() -> None:

@@ -515,7 +515,7 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_implicit_gemm_gather(cons
 constexpr int kReduceThreads = 256;
 
 template <class T>
-__global__ void __launch_bounds__(kReduceThreads) conv_reduce_splits(const ConvArgs args) {
+__device__ __forceinline__ void reduce_splits(const ConvArgs& args) {
   constexpr int kSize = kVectorElements<T>;
   const ConvProblem& p = args.problem;
   const int64_t elements = int64_t{p.out_pixels()} * p.k;
@@ -565,6 +565,11 @@ __global__ void __launch_bounds__(kReduceThreads) conv_reduce_splits(const ConvA
       }
     }
   });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kReduceThreads) conv_reduce_splits(const ConvArgs args) {
+  reduce_splits<T>(args);
 }
 
 }  // namespace fused_resnet::device

@@ -121,8 +121,7 @@ __device__ __forceinline__ void drop_padding_tap(uint32_t (&a)[kTilesM][4]) {
 __device__ __forceinline__ float max_or_nan(float a, float b) { return b > a || b != b ? b : a; }
 
 template <class Math, class Input>
-__global__ void __launch_bounds__(StemTile<typename Math::Element>::kThreads)
-    conv_affine_relu_maxpool(const StemArgs args) {
+__device__ __forceinline__ void stem_block(const StemArgs& args, char* shared) {
   using T = typename Math::Element;
   using Tile = StemTile<T>;
   constexpr int kTilesM = Tile::kWarpPixels / 16, kTilesN = Tile::kChannels / 8;
@@ -130,7 +129,6 @@ __global__ void __launch_bounds__(StemTile<typename Math::Element>::kThreads)
   // Without tensor cores a step is one pixel, and the last of a row is the padding tap's.
   constexpr int kSteps =
       Tile::kRunChunks * kVectorBytes / Math::kStepBytes - (kTensorCores ? 0 : 1);
-  DYNAMIC_SHARED(char, shared);
   char* const patch = shared;
   char* const weights = shared + Tile::kPatchBytes;
 
@@ -266,6 +264,13 @@ __global__ void __launch_bounds__(StemTile<typename Math::Element>::kThreads)
       }
     }
   }
+}
+
+template <class Math, class Input>
+__global__ void __launch_bounds__(StemTile<typename Math::Element>::kThreads)
+    conv_affine_relu_maxpool(const StemArgs args) {
+  DYNAMIC_SHARED(char, shared);
+  stem_block<Math, Input>(args, shared);
 }
 
 }  // namespace fused_resnet::device
