@@ -30,6 +30,10 @@ struct ConvTileOf<Float32Math, ConvTileName::k128x128> {
   using Tile = ConvTileFloat128x128;
 };
 template <>
+struct ConvTileOf<Float32Math, ConvTileName::k128x64> {
+  using Tile = ConvTileFloat128x64;
+};
+template <>
 struct ConvTileOf<Float32Math, ConvTileName::k64x128> {
   using Tile = ConvTileFloat64x128;
 };

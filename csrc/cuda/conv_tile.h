@@ -47,8 +47,9 @@ using ConvTile128x128 = ConvTile<128, 128, 64, 64, 64, 4>;
 using ConvTile128x64 = ConvTile<128, 64, 64, 32, 64, 4>;
 using ConvTile64x128 = ConvTile<64, 128, 32, 64, 64, 4>;
 using ConvTile64x64 = ConvTile<64, 64, 32, 32, 128, 3>;
-// fp32 on the ordinary cores keeps twice the operands in registers, so half the warp's tile.
+// fp32 on the ordinary cores keeps more of the operands in registers, so a warp's tile is smaller.
 using ConvTileFloat128x128 = ConvTile<128, 128, 64, 32, 64, 4>;
+using ConvTileFloat128x64 = ConvTile<128, 64, 32, 32, 64, 4>;
 using ConvTileFloat64x128 = ConvTile<64, 128, 32, 32, 64, 4>;
 
 // The tiles as callers name them, in the order of fused_resnet/backends/cuda.py.

@@ -1,13 +1,13 @@
 """Backend ``cuda``: the package's own CUDA kernels (``csrc/cuda``), for sm_80 and newer.
 
-`ImplicitGemm` serves any convolution in fp16, bf16, tf32 and fp32; `CudaStem` the first layer with its
-max-pool; `CudaAddRelu` the add. Weights are packed once, into [K, R, S, C / groups]:
+`ImplicitGemm` serves any convolution in fp16, bf16, tf32 and fp32; `CudaStem` the first layer with
+its max-pool; `CudaAddRelu` the add. Weights are packed once, into [K, R, S, C / groups]:
 
 - groups narrower than a tile are bundled: ``b`` groups become one of ``b`` times the channels whose
-  weights are zero off the diagonal, so that tensor cores see full tiles. (Infinities and NaNs in one
-  group's input therefore reach the outputs of its whole bundle.)
-- where 16-byte vectors do not fit the channels, the whole reduction is packed without gaps, with a table
-  that says where each of its elements lies.
+  weights are zero off the diagonal, so that tensor cores see full tiles. (Infinities and NaNs in
+  one group's input therefore reach the outputs of its whole bundle.)
+- where 16-byte vectors do not fit the channels, the whole reduction is packed without gaps, with a
+  table that says where each of its elements lies.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def bundle_weight(weight: Tensor, groups: int, count: int) -> Tensor:
 
 
 def gather_table(problem: ConvProblem) -> Tensor:
-    """int32 [reduction, 4] on the CPU: offset in x, row and column of each element, by tap then channel.
+    """Where each element of the reduction lies, by tap then channel: int32 [reduction, 4], CPU.
 
-    Offsets count from the first tap of an output pixel; what pads the last slice lies outside.
+    Columns: offset in x, row, column, unused. Offsets count from the first tap of an output pixel; what pads the last slice lies outside.
     """
     p = problem
     c = p.c // p.groups
@@ -105,7 +105,7 @@ def gather_table(problem: ConvProblem) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedConv:
-    """Weights as the kernel wants them: rows [K, ...], and the gathering table where there is one."""
+    """Weights as the kernel wants them: rows [K, ...], and the gathering table if there is one."""
 
     weight: Tensor
     gather: Tensor | None
@@ -178,7 +178,7 @@ def runs_on(archs: str, major: int, minor: int) -> bool:
 
 def allows_tf32() -> bool:
     """Whether stock torch may use tf32 for a convolution of fp32 tensors."""
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 class ImplicitGemm(PackedKernel):
@@ -286,7 +286,7 @@ def aligned_nhwc(x: Tensor) -> Tensor:
 
 
 class CudaStem(PackedKernel):
-    """7x7 convolution, scale, shift, ReLU and 3x3 max-pool in one kernel; ``csrc/cuda/stem.cuh``."""
+    """7x7 convolution, scale, shift, ReLU, 3x3 max-pool in one kernel; ``csrc/cuda/stem.cuh``."""
 
     backend, op = "cuda", "conv_affine_relu_maxpool"
 
@@ -296,7 +296,7 @@ class CudaStem(PackedKernel):
         self.name = "stem_tf32" if tf32 else "stem"  # type: ignore[misc]
 
     def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
-        """The stem of the residual networks: at most 4 channels, 7x7/2, 3x3/2 pool; x of any layout."""
+        """The residual networks' stem: at most 4 channels, 7x7/2, 3x3/2 pool; x of any layout."""
         p = problem
         if p.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"computes fp16, bf16 and fp32, not {p.dtype}"
@@ -336,7 +336,7 @@ def stem(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Tensor:
-    """The stem, from images as they come: floating point, or bytes that are normalised on the way in.
+    """The stem, from images as they come: floating point, or bytes that it normalises.
 
     Args:
         x: [N, C <= 4, H, W], any strides; of the dtype of ``packed``, or uint8.

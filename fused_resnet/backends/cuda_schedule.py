@@ -1,7 +1,7 @@
-"""How the CUDA implicit GEMM divides a convolution among thread blocks: tiles, splits, and the choice.
+"""How the CUDA implicit GEMM divides a convolution among thread blocks.
 
-A schedule is a value: `candidates` enumerates those that make sense for a problem, so that a tuner can
-time them, and `choose` picks one from a model of the GPU, without measuring.
+A schedule is a value: `candidates` enumerates those that make sense for a problem, so that a tuner
+can time them, and `choose` picks one from a model of the GPU, without measuring.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fused_resnet.problem import ConvProblem
 
 @dataclass(frozen=True)
 class Tile:
-    """Output pixels by output channels that one thread block computes; see ``csrc/cuda/conv_tile.h``.
+    """Output pixels by output channels of one thread block; see ``csrc/cuda/conv_tile.h``.
 
     Attributes:
         index: the tile's ``ConvTileName``.
@@ -85,7 +85,7 @@ def candidates(problem: ConvProblem, gather: bool = False) -> tuple[ConvSchedule
     """Every schedule worth timing: all tiles, and splits that leave each block four slices or more.
 
     Args:
-        problem: with the groups that the kernel will see, see ``fused_resnet.backends.cuda.bundle``.
+        problem: with the groups that the kernel will see (``backends.cuda.bundled``).
         gather: whether the gathering kernel serves it.
     """
     return tuple(
@@ -133,8 +133,8 @@ def predicted_cycles(
 ) -> float:
     """A model of the kernel's time, for ranking schedules only.
 
-    Blocks run in waves. A multiprocessor's blocks share its tensor cores, and a block alone is held up
-    by the latency of its slices; both bounds hold at once. Splitting pays for writing, reading and
+    Blocks run in waves. A multiprocessor's blocks share its tensor cores, and a block alone is held
+    up by the latency of its slices; both bounds hold at once. Splitting pays for writing, reading and
     adding fp32 sums and for a second launch.
     """
     tile, splits = schedule.tile, schedule.splits
