@@ -83,7 +83,8 @@ def bundle_weight(weight: Tensor, groups: int, count: int) -> Tensor:
 def gather_table(problem: ConvProblem) -> Tensor:
     """Where each element of the reduction lies, by tap then channel: int32 [reduction, 4], CPU.
 
-    Columns: offset in x, row, column, unused. Offsets count from the first tap of an output pixel; what pads the last slice lies outside.
+    Columns: offset in x, row, column, unused. Offsets count from the first tap of an output pixel;
+    what pads the last slice lies outside.
     """
     p = problem
     c = p.c // p.groups

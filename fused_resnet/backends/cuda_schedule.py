@@ -134,8 +134,8 @@ def predicted_cycles(
     """A model of the kernel's time, for ranking schedules only.
 
     Blocks run in waves. A multiprocessor's blocks share its tensor cores, and a block alone is held
-    up by the latency of its slices; both bounds hold at once. Splitting pays for writing, reading and
-    adding fp32 sums and for a second launch.
+    up by the latency of its slices; both bounds hold at once. Splitting pays for writing, reading
+    and adding fp32 sums and for a second launch.
     """
     tile, splits = schedule.tile, schedule.splits
     _, _, oh, ow = problem.out_shape
