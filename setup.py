@@ -33,7 +33,7 @@ CSRC = ROOT / "csrc"
 
 CUDA_ARCHS = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
-CXX_FLAGS = ["-std=c++20", "-O3", "-Wall"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-Wall"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo"]
 
 # One binary serves every x86-64: a file named csrc/cpu/*_<isa>.cpp, and no other, is compiled for

@@ -2,7 +2,10 @@
 
 from fused_resnet import functional
 from fused_resnet.backends import FusedResNetWarning, backend
+from fused_resnet.check import CheckReport, check
+from fused_resnet.explain import Explanation, explain
 from fused_resnet.fold import refresh
+from fused_resnet.fuse import fuse, unfuse
 from fused_resnet.modules import BasicBlock, Bottleneck, ConvBNAct, Stem
 from fused_resnet.resnet import (
     ResNet,
@@ -25,14 +28,19 @@ from fused_resnet.version import __version__
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "CheckReport",
     "ConvBNAct",
+    "Explanation",
     "FusedResNetWarning",
     "ResNet",
     "Stem",
     "__version__",
     "backend",
+    "check",
     "cifar_resnet",
+    "explain",
     "functional",
+    "fuse",
     "plain18",
     "plain34",
     "refresh",
@@ -44,6 +52,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "unfuse",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]

@@ -17,15 +17,24 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fused_resnet.freshness import state_of
+from fused_resnet.freshness import Sources, capturing, keep, state_of, storages
 
 _FROZEN = "FrozenBatchNorm2d"
 
 
 def is_plain_conv(module: object) -> bool:
-    """Whether ``module`` computes exactly what ``nn.Conv2d`` computes."""
-    return isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
+    """Whether ``module`` computes what ``nn.Conv2d`` computes, from parameters of its own."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and type(module).forward is nn.Conv2d.forward
+        and type(module)._conv_forward is nn.Conv2d._conv_forward
+        and "forward" not in vars(module)
+        # A parametrized weight may change at every access, as that of spectral_norm does.
+        and not parametrize.is_parametrized(module)
+    )
 
 
 def why_not_foldable(bn: nn.Module | None) -> str | None:
@@ -41,6 +50,10 @@ def why_not_foldable(bn: nn.Module | None) -> str | None:
         plain = nn.BatchNorm2d if isinstance(bn, nn.BatchNorm2d) else nn.SyncBatchNorm
         if type(bn).forward is not plain.forward:
             return f"{name} overrides the forward of {plain.__name__}"
+        if "forward" in vars(bn):
+            return f"the forward of this {name} was replaced"
+        if parametrize.is_parametrized(bn):
+            return f"{name} is parametrized"
         if bn.running_mean is None or bn.running_var is None:
             return (
                 f"{name} keeps no running statistics, so it normalises by the batch's in eval too"
@@ -139,14 +152,17 @@ class _CachedFold(torch.autograd.Function):
 
 
 class _Entry:
-    """A cached (scale, shift) with the tensors it came from, which it keeps alive."""
+    """A cached (scale, shift) with the state of the tensors it came from."""
 
-    __slots__ = ("result", "sources", "state")
+    __slots__ = ("memory", "result", "state")
 
-    def __init__(self, state: Any, sources: Any, result: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, state: Any, sources: Sources, result: tuple[Tensor, Tensor]) -> None:
         self.state = state
-        self.sources = sources
+        self.memory = storages(sources)
         self.result = result
+
+    def holds(self, state: Any) -> bool:
+        return bool(self.state == state) and all(ref() is not None for ref in self.memory)
 
 
 _cache: weakref.WeakKeyDictionary[nn.Module, dict[int, _Entry]] = weakref.WeakKeyDictionary()
@@ -166,11 +182,22 @@ def refresh(model: nn.Module) -> None:
     with torch.no_grad():
         for module in model.modules():
             _cache.pop(module, None)
-            for parameter in module.parameters(recurse=False):
-                if not parameter.is_inference():
-                    # Moves the version counter and nothing else: whatever was packed from it is
-                    # stale.
-                    torch.autograd.graph.increment_version(parameter)
+            for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if not t.is_inference():
+                    # Moves the version counter and nothing else: what was made from it is stale.
+                    torch.autograd.graph.increment_version(t)
+
+
+def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Move the version counters of what an optimizer has changed: fused ones don't do it."""
+    if not torch.compiler.is_compiling():
+        for group in optimizer.param_groups:
+            torch.autograd.graph.increment_version(
+                [p for p in group["params"] if not p.is_inference()]
+            )
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
@@ -189,24 +216,28 @@ def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
     weight = conv.weight
     if torch.compiler.is_compiling():
         return _fold_any(weight, *sources)
-    state = state_of((bias, gamma, beta, mean, var))
+    # batch_norm writes running statistics without moving their version counters, but the module
+    # counts its batches.
+    counter = None if bn is None else bn._buffers.get("num_batches_tracked")
+    tensors = (bias, gamma, beta, mean, var, counter)
+    state = state_of(tensors)
     if state is None:
         # A tensor made in inference mode: an edit of it would go unseen, so nothing is kept.
         return _fold_any(weight, *sources)
     state = state, eps, weight.dtype, weight.device
     entries = _cache.get(conv)
     entry = None if entries is None else entries.get(id(bn))
-    if entry is None or entry.state != state:
+    if entry is None or not entry.holds(state):
+        if capturing(weight.device):
+            return _fold_any(weight, *sources)
         # Outside of inference mode, so that the cached vectors can serve autograd later.
         with torch.inference_mode(False), torch.no_grad():
-            result = _fold_any(weight, *sources)
+            scale, shift = _fold_any(weight, *sources)
         entries = _cache.setdefault(conv, {})
         if len(entries) >= _MAX_NORMS:
             entries.clear()
-        entries[id(bn)] = entry = _Entry(state, sources, result)
-    if not torch.is_grad_enabled() or not any(
-        t is not None and t.requires_grad for t in (bias, gamma, beta, mean, var)
-    ):
+        entries[id(bn)] = entry = _Entry(state, tensors, (keep(scale), keep(shift)))
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         return entry.result
     if mean is None or var is None or mean.requires_grad or var.requires_grad:
         return _fold_any(weight, *sources)

@@ -8,6 +8,7 @@ modules: where a batch norm uses batch statistics, or a module is not what these
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fused_resnet import fold
-from fused_resnet import ops as _ops  # noqa: F401  registers torch.ops.fused_resnet
+from fused_resnet import ops as _ops
 
 Size2 = int | tuple[int, int]
 
@@ -26,15 +27,14 @@ _add_relu_inplace_op = torch.ops.fused_resnet.add_relu_.default
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    try:
-        h, w = value
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{name} must be an int or a pair (height, width), got {value!r}"
-        ) from None
-    return h, w
+    pair = (value, value) if isinstance(value, int | torch.SymInt) else value
+    if (
+        not isinstance(pair, Sequence)
+        or len(pair) != 2
+        or not all(isinstance(v, int | torch.SymInt) for v in pair)
+    ):
+        raise ValueError(f"{name} must be an int or a pair (height, width), got {value!r}")
+    return cast(tuple[int, int], tuple(pair))
 
 
 def _same_padding(kernel: int, dilation: int) -> tuple[int, int]:
@@ -90,8 +90,8 @@ def conv_affine_act(
     """
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     if isinstance(padding, str):
-        if padding == "valid":
-            padding = (0, 0)
+        if padding == "valid" or x.dim() != 4 or weight.dim() != 4:
+            padding = (0, 0)  # the op names what is wrong with a rank
         elif padding == "same":
             if stride != (1, 1):
                 raise ValueError(f"padding 'same' needs stride 1, got {stride}")
@@ -205,16 +205,18 @@ def add_relu(a: Tensor, b: Tensor, *, inplace: bool = False) -> Tensor:
     if not inplace:
         return cast(Tensor, _add_relu_op(a, b))
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        # relu_'s backward reads its output and add_'s reads nothing: stock in-place ops are exact
-        # here.
+        _ops.check_add(a, b)
+        # relu_'s backward reads its output and add_'s reads nothing: stock in-place ops do.
         return a.add_(b).relu_()
     _add_relu_inplace_op(a, b)
     return a
 
 
 def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class says: hooks, or a forward of its own."""
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -248,7 +250,7 @@ def _is_fused(conv: nn.Module, bn: nn.Module | None) -> bool:
 
 
 def _unpadded(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
-    """The input and the symmetric zero padding that remains, after applying what the op cannot express."""
+    """The input and the symmetric zero padding that the op is to apply to it."""
     padding = conv.padding
     if conv.padding_mode == "zeros":
         if not isinstance(padding, str):

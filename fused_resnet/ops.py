@@ -74,9 +74,13 @@ def _check_same(name: str, t: Tensor, x: Tensor, what: str = "x") -> None:
         raise ValueError(f"{name} must be on the device of {what}, {x.device}; got {_describe(t)}")
 
 
-def _check_dense(name: str, t: Tensor) -> None:
+def _check_layout(name: str, t: Tensor) -> None:
     if t.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {t.layout}")
+
+
+def _check_dense(name: str, t: Tensor) -> None:
+    _check_layout(name, t)
     if t.dtype not in DTYPES:
         raise TypeError(
             f"{name} must be float32, float16, bfloat16 or float64, got {_describe(t)}; "
@@ -122,6 +126,7 @@ def _check_conv(
         raise ValueError(f"weight's kernel must be at least 1x1, got {list(weight.shape)}")
     vectors = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, t in (("scale", scale), ("shift", shift)):
+        _check_layout(name, t)
         if t.dtype != vectors:
             raise TypeError(
                 f"{name} must be {vectors} for x of {x.dtype} (it is never rounded to half "
@@ -151,6 +156,7 @@ def _check_epilogue(
     if epilogue in RESIDUAL_EPILOGUES:
         if residual is None:
             raise ValueError(f"epilogue {epilogue!r} needs a residual, got None")
+        _check_layout("residual", residual)
         _check_same("residual", residual, x)
         if tuple(residual.shape) != tuple(shape):
             raise ValueError(
@@ -177,8 +183,10 @@ def _check_pool(pool: MaxPool, oh: int, ow: int) -> tuple[int, int]:
     return ph, pw
 
 
-def _check_add(a: Tensor, b: Tensor) -> None:
+def check_add(a: Tensor, b: Tensor) -> None:
+    """Raise ValueError or TypeError where ``add_relu`` cannot take a and b."""
     _check_dense("a", a)
+    _check_layout("b", b)
     _check_same("b", b, a, "a")
     if a.shape != b.shape:
         raise ValueError(f"a and b must have one shape, got {list(a.shape)} and {list(b.shape)}")
@@ -217,6 +225,10 @@ def _key(t: Tensor) -> tuple[Any, ...]:
     return t.shape, t.dtype, t.device, t.layout
 
 
+def _strides(t: Tensor) -> tuple[int, ...] | None:
+    return t.stride() if t.layout == torch.strided else None
+
+
 def _conv(
     x: Tensor,
     weight: Tensor,
@@ -232,7 +244,7 @@ def _conv(
 ) -> Tensor:
     key = (
         _key(x),
-        x.stride(),
+        _strides(x),
         _key(weight),
         _key(scale),
         _key(shift),
@@ -277,6 +289,8 @@ def _conv(
         return x.new_empty(shape).as_strided(shape, channels_last_strides(*shape))
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
+    # Kernels read the vectors as flat arrays.
+    scale, shift = scale.contiguous(), shift.contiguous()
     return _channels_last(backends.run(choice, x, weight, scale, shift, residual))
 
 
@@ -317,16 +331,16 @@ def _conv_affine_relu_maxpool(
 def _add_choice(a: Tensor, b: Tensor, inplace: bool) -> backends.Choice:
     key = (
         _key(a),
-        a.stride(),
+        _strides(a),
         _key(b),
-        b.stride(),
+        _strides(b),
         inplace,
         backends.forced(),
         backends.generation(),
     )
     choice = _remembered.get(key)
     if choice is None:
-        _check_add(a, b)
+        check_add(a, b)
         alike = a.stride() == b.stride() and torch.ops.aten.is_non_overlapping_and_dense(a)
         problem = AddReluProblem(tuple(a.shape), a.dtype, inplace, alike)
         choice = _remember(key, backends.choose("add_relu", problem, a.device))
@@ -342,10 +356,31 @@ def _add_relu(a: Tensor, b: Tensor) -> Tensor:
     return y if y.stride() == a.stride() else torch.empty_like(a).copy_(y)
 
 
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether a and b may overlap without being the same: writing a could change b unread."""
+    return (
+        a.layout == b.layout == torch.strided
+        and a.device == b.device
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and (a.data_ptr() != b.data_ptr() or a.stride() != b.stride())
+    )
+
+
 def _add_relu_(a: Tensor, b: Tensor) -> None:
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        raise RuntimeError(
+            "fused_resnet::add_relu_ has no gradient, but a or b requires one; use add_relu, or "
+            "fused_resnet.functional.add_relu(a, b, inplace=True)"
+        )
+    if _share_memory(a, b):
+        b = b.clone()
     choice = _add_choice(a, b, True)
     if a.numel() != 0:
+        version = a._version if not a.is_inference() else None
         backends.run(choice, a, b)
+        if version is not None and a._version == version:
+            # A kernel that writes raw memory; autograd and caches must see the edit all the same.
+            torch.autograd.graph.increment_version(a)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -394,12 +429,12 @@ def _conv_affine_relu_maxpool_fake(
 
 def _add_relu_fake(a: Tensor, b: Tensor) -> Tensor:
     """Of a's shape and dtype; a's strides if it is dense, else those of ``empty_like(a)``."""
-    _check_add(a, b)
+    check_add(a, b)
     return torch.empty_like(a)
 
 
 def _add_relu_inplace_fake(a: Tensor, b: Tensor) -> None:
-    _check_add(a, b)
+    check_add(a, b)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -490,10 +525,14 @@ def _add_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------------------
 
 
+def _autocast_keys(device: str) -> torch._C.DispatchKeySet:
+    keys = torch._C.DispatchKey
+    return torch._C.DispatchKeySet(keys.AutocastCPU if device == "cpu" else keys.AutocastCUDA)
+
+
 def _autocast(op: Callable[..., Any], device: str, kept: tuple[int, ...]) -> Callable[..., Any]:
     """The autocast rule of ``op``: cast every tensor but those at the positions ``kept``."""
-    keys = torch._C.DispatchKey
-    excluded = torch._C.DispatchKeySet(keys.AutocastCPU if device == "cpu" else keys.AutocastCUDA)
+    excluded = _autocast_keys(device)
 
     def cast(t: Any, dtype: torch.dtype) -> Any:
         castable = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
@@ -517,6 +556,20 @@ def _autocast(op: Callable[..., Any], device: str, kept: tuple[int, ...]) -> Cal
     return rule
 
 
+def _autocast_add(op: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """The autocast rule of ``add_relu``: as stock ``a + b``, in the wider of the two dtypes."""
+    excluded = _autocast_keys(device)
+
+    def rule(a: Tensor, b: Tensor) -> Any:
+        if a.is_floating_point() and b.is_floating_point():
+            wider = torch.promote_types(a.dtype, b.dtype)
+            a, b = a.to(wider), b.to(wider)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return op(a, b)
+
+    return rule
+
+
 def _register() -> None:
     ops = torch.ops.fused_resnet
     for name, real, fake, kept in (
@@ -527,15 +580,18 @@ def _register() -> None:
             _conv_affine_relu_maxpool_fake,
             (2, 3),
         ),
-        ("add_relu", _add_relu, _add_relu_fake, ()),
+        ("add_relu", _add_relu, _add_relu_fake, None),
         ("add_relu_", _add_relu_, _add_relu_inplace_fake, None),
     ):
         _LIB.impl(name, real, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fused_resnet::{name}", fake, lib=_LIB)
-        if kept is not None:  # An in-place op must not change the dtype of what it writes to.
+        if kept is not None:
             op = getattr(ops, name).default
             _LIB.impl(name, _autocast(op, "cpu", kept), "AutocastCPU")
             _LIB.impl(name, _autocast(op, "cuda", kept), "AutocastCUDA")
+    # The in-place op has no rule: it must not change the dtype of what it writes to.
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _LIB.impl("add_relu", _autocast_add(ops.add_relu.default, device), key)
     for name, backward, setup in (
         ("conv_affine_act", _conv_backward, _conv_setup),
         ("conv_affine_relu_maxpool", _stem_backward, _stem_setup),

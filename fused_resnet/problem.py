@@ -28,9 +28,7 @@ def conv_out_size(size: int, kernel: int, stride: int, padding: int, dilation: i
 
 def channels_last_strides(n: int, c: int, h: int, w: int) -> tuple[int, int, int, int]:
     """Strides of a dense channels_last [N, C, H, W] tensor, as ``torch.empty`` would set them."""
-    # torch treats an extent of 0 as 1 when it lays out strides.
-    c1, h1, w1 = max(c, 1), max(h, 1), max(w, 1)
-    return h1 * w1 * c1, 1, w1 * c1, c1
+    return h * w * c, 1, w * c, c
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Fixtures of several test files."""
+"""Settings of every test: one thread, one seed, repeatable examples, a registry left as it was."""
 
 from __future__ import annotations
 
@@ -6,8 +6,47 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import HealthCheck, settings
 
+from fused_resnet import backends, ops
 from fused_resnet._build import extension, extension_error
+
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    database=None,
+    # The fixtures below set a seed and restore tables; no example depends on them.
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    # Test processes run side by side; small problems gain nothing from threads anyhow.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_registry() -> Iterator[None]:
+    """Verdicts, warnings and remembered choices start empty and are restored afterwards."""
+    tables = (backends._verdicts, backends._warned, ops._remembered)
+    saved = [table.copy() for table in tables]
+    for table in tables:
+        table.clear()
+    yield
+    for table, content in zip(tables, saved, strict=True):
+        table.clear()
+        table.update(content)
+    ops._remembered.clear()
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512"])

@@ -30,6 +30,7 @@ from fused_resnet.certify import (
     to_json,
     tools,
 )
+from fused_resnet.certify.model import main_loop
 from fused_resnet.certify.sass import parse
 from tests.nvcc import compile_cuda, needs_nvcc
 
@@ -357,10 +358,10 @@ nested:
         /*0020*/                   HMMA.16816.F32 R4, R8, R10, R4 ;
         /*0030*/              @!P0 BRA `(.L_retry) ;
 .L_back:
-        /*0040*/               @P1 BRA `(.L_inner) ;
-        /*0050*/              @!P2 CALL.REL.NOINC `(.L_out) ;
-        /*0060*/                   BRA `(.L_outer) ;
-.L_out:
+        /*0040*/              @!P1 CALL.REL.NOINC `(.L_left) ;
+        /*0050*/                   BRA `(.L_inner) ;
+.L_left:
+        /*0060*/               @P2 BRA `(.L_outer) ;
         /*0070*/                   EXIT ;
 .L_retry:
         /*0080*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2 ;
@@ -372,12 +373,12 @@ nested:
 
 
 def test_loops_follow_control_flow_not_layout() -> None:
-    """The retry block lies behind EXIT, yet belongs to both loops; the exit block to neither."""
+    """The retry block lies behind EXIT, yet belongs to both loops; a CALL leaves the inner one."""
     sm, programs = parse(LOOPS)
     assert sm == 80
     retry, inner, outer = programs["nested"].loops
     assert retry.body == (8, 9)
-    assert inner.body == (2, 3, 4, 8, 9, 10)
+    assert inner.body == (2, 3, 4, 5, 8, 9, 10)
     assert outer.body == (1, 2, 3, 4, 5, 6, 8, 9, 10)
 
 
@@ -578,12 +579,18 @@ def test_lost_properties_are_reported(documents) -> None:
     entries["mma_async sm_80"]["loop"]["async_copies"] = []
     entries["mma_async sm_90"]["tensor"] = ["wgmma m64n8k16 f16 x2"]
     entries["mma_plain sm_80"]["loop"] = None
+    entries["mma_plain sm_90"]["loop"]["share"] = None
+    entries["copy16 sm_90"]["ptxas"] = None
     del entries["copy16 sm_80"]
     worse = {(w.key, w.figure) for w in compare(committed, now)}
     assert worse == {
         ("mma_async sm_80", "loop.has_async_copies"),
         ("mma_async sm_90", "tensor instruction"),
         ("mma_plain sm_80", "loop found"),
+        ("mma_plain sm_80", "loop.share"),
+        ("mma_plain sm_90", "loop.share"),
+        ("copy16 sm_90", "spill_load_bytes"),
+        ("copy16 sm_90", "spill_store_bytes"),
         ("copy16 sm_80", "certificate"),
     }
     assert ("copy16 sm_80", "certificate") not in {
@@ -603,3 +610,41 @@ def test_table_labels_what_is_predicted(documents) -> None:
     assert "mma.sync m16n8k16 f16 x2" in line
     assert "LDGSTS 16" in line
     assert "A100" in line
+
+
+TCGEN05 = """
+	.target	sm_100a
+	.section	.text.pair,"ax",@progbits
+pair:
+.L_loop:
+        /*0010*/                   UMOV UR39, {descriptor} ;
+        /*0020*/                   UTCHMMA gdesc[UR14], gdesc[UR4], tmem[UR33], tmem[UR38], idesc[UR39], UPT ;
+        /*0030*/              @!P0 BRA `(.L_loop) ;
+        /*0040*/                   EXIT ;
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "text", "cycles"),
+    [
+        # Fields as the PTX ISA gives them: D is fp32 (bit 4), the type of A, N / 8, M / 16.
+        (1 << 4 | 0 << 7 | 32 << 17 | 8 << 24, "m128n256k16 f16", 128 * 256 * 16 / 4096),
+        (1 << 4 | 1 << 7 | 16 << 17 | 4 << 24, "m64n128k16 bf16", 64 * 128 * 16 / 2048),
+        (1 << 4 | 2 << 7 | 32 << 17 | 8 << 24, "m128n256k8 tf32", 128 * 256 * 8 / 2048),
+    ],
+)
+def test_tcgen05_shapes_come_from_the_descriptor(descriptor: int, text: str, cycles: float) -> None:
+    _, programs = parse(TCGEN05.format(descriptor=hex(descriptor)))
+    loop = main_loop(programs["pair"], arch(100), warps=4)
+    assert loop is not None
+    assert str(loop.tensor[0]) == f"tcgen05 {text} x1"
+    assert loop.tensor_cycles == cycles
+
+
+def test_a_product_shared_by_two_sms_is_not_modelled() -> None:
+    pair = hex(1 << 4 | 32 << 17 | 16 << 24)
+    _, programs = parse(TCGEN05.format(descriptor=pair))
+    loop = main_loop(programs["pair"], arch(100), warps=4)
+    assert loop is not None
+    assert (loop.tensor_cycles, loop.share, loop.limiter) == (None, None, None)
+    assert str(loop.tensor[0]) == "tcgen05 f16 x1"

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fused_resnet.backends import cpu, library, torch_
 from fused_resnet.backends.kernel import Kernel, PackedKernel
-from fused_resnet.backends.verify import verify
-from fused_resnet.problem import Problem
+from fused_resnet.backends.verify import is_out_of_memory, verify
+from fused_resnet.problem import AddReluProblem, Problem
 
 #: Every kernel, those of the backend that heuristics prefer first. ``torch`` is last: it can do
 #: all.
@@ -116,9 +116,13 @@ def backend(*names: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def generation() -> int:
-    """A number that changes whenever an earlier choice may no longer hold."""
-    return _generation
+def generation() -> tuple[int, bool, bool]:
+    """What changes whenever an earlier choice may no longer hold.
+
+    That is when a kernel was rejected, and when oneDNN or cuDNN is switched on or off, as
+    ``torch.backends.mkldnn.flags`` and ``torch.backends.cudnn.flags`` do.
+    """
+    return _generation, torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
 
 
 @contextlib.contextmanager
@@ -145,9 +149,13 @@ def candidates(op: str, problem: Problem, device: torch.device) -> list[Kernel]:
     if names is not None and "torch" in names:
         order = names[: names.index("torch") + 1]
     ranked = [k for name in order for k in KERNELS if k.op == op and k.backend == name]
-    # A stable sort: backends keep their order among the promising and among the rest; torch is
-    # last.
-    return sorted(ranked, key=lambda k: (k.backend == "torch", not k.promising(problem, device)))
+
+    def rank(kernel: Kernel) -> tuple[bool, int, bool]:
+        # An order that the user gave holds among backends; else what is promising goes first.
+        place = 0 if names is None else order.index(kernel.backend)
+        return kernel.backend == "torch", place, not kernel.promising(problem, device)
+
+    return sorted(ranked, key=rank)  # stable: in heuristic order where nothing else decides
 
 
 def choose(op: str, problem: Problem, device: torch.device) -> Choice:
@@ -167,9 +175,14 @@ def choose(op: str, problem: Problem, device: torch.device) -> Choice:
             names = forced()
             if names is not None and kernel.backend not in names:
                 why = "; ".join(f"{name}: {text}" for name, text in rejected)
+                why = why or f"it has no kernel for {op}"
+                forced_names = ",".join(names)
+                # Once for each reason and not for each problem, of which there may be ever new
+                # ones.
                 _warn_once(
-                    f"backend {','.join(names)} was forced but cannot compute {problem} "
-                    f"({why or 'it has no kernel for ' + op}); {kernel.full_name} runs instead"
+                    f"backend {forced_names} was forced but cannot compute {problem} ({why}); "
+                    f"{kernel.full_name} runs instead",
+                    key=f"{forced_names} {op} {why}",
                 )
             return Choice(kernel, problem, device, tuple(rejected))
         rejected.append((kernel.full_name, reason))
@@ -198,20 +211,20 @@ def run(choice: Choice, *args: Tensor | None) -> Tensor:
 
     Out-of-memory errors are the caller's to handle and pass through.
     """
+    kernel = choice.kernel
+    try:
+        result = kernel.run(choice.problem, *args)
+    except Exception as e:
+        if kernel.backend == "torch" or is_out_of_memory(e):
+            raise
+        reject(kernel, choice.device, choice.problem.dtype, f"it raised {type(e).__name__}: {e}")
+        if isinstance(choice.problem, AddReluProblem) and choice.problem.inplace:
+            # It may have written to a part of its operand, so nothing could be computed from it.
+            raise
+        return run(choose(kernel.op, choice.problem, choice.device), *args)
     for seen in _observers.get():
         seen.append(choice)
-    kernel = choice.kernel
-    if kernel.backend == "torch":
-        return kernel.run(choice.problem, *args)
-    try:
-        return kernel.run(choice.problem, *args)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:
-        reject(kernel, choice.device, choice.problem.dtype, f"it raised {type(e).__name__}: {e}")
-    for seen in _observers.get():
-        seen.pop()
-    return run(choose(kernel.op, choice.problem, choice.device), *args)
+    return result
 
 
 def reject(kernel: Kernel, device: torch.device, dtype: torch.dtype, reason: str) -> None:
@@ -223,11 +236,13 @@ def reject(kernel: Kernel, device: torch.device, dtype: torch.dtype, reason: str
     _warn_once(f"{kernel.full_name} is no longer used on {device} in {dtype}: {reason}")
 
 
-def _warn_once(message: str) -> None:
+def _warn_once(message: str, key: str | None = None) -> None:
+    """Warn, but once only for each ``key`` (by default the message)."""
+    key = message if key is None else key
     with _lock:
-        if message in _warned:
+        if key in _warned:
             return
-        _warned.add(message)
+        _warned.add(key)
     warnings.warn(message, FusedResNetWarning, stacklevel=3)
 
 

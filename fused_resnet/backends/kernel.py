@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fused_resnet.freshness import state_of
+from fused_resnet.freshness import Snapshot, capturing, persistent
 from fused_resnet.problem import Problem
 
 
@@ -57,9 +57,15 @@ class Kernel(ABC):
 class PackedKernel(Kernel):
     """A convolution kernel that wants its weights in a layout of its own.
 
-    ``packed`` gives them, prepared once: the result is kept as long as the weight tensor lives and
-    is made anew when weight, scale or shift changed (version counter), moved, or were replaced.
+    ``packed`` gives them, prepared once: the result is kept as long as the weight lives and is made
+    anew when a source of it changed, moved, or was replaced (see `fused_resnet.freshness`).
+
+    Only a persistent weight, such as a parameter, is packed once; any other tensor may be a
+    temporary of compiled code and is packed at every call.
     """
+
+    #: Whether ``prepare`` reads scale and shift, and not the weight alone.
+    packs_vectors: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}
@@ -75,23 +81,27 @@ class PackedKernel(Kernel):
 
     def packed(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> Any:
         """The prepared weights for this problem, from the cache where it is still true."""
-        state = state_of((weight, scale, shift))
-        if state is None:
-            # An inference tensor has no version counter, so an in-place edit would go unseen.
-            return self.prepare(problem, weight, scale, shift)
+        sources = (weight, scale, shift) if self.packs_vectors else (weight,)
         key = self.pack_key(problem)
         entry = self._entries.get(id(weight))
-        if entry is not None and entry.state == state and entry.owner() is weight:
-            packed = entry.packed.get(key)
-            if packed is not None:
+        if entry is not None and entry.owner() is weight and entry.snapshot.holds(sources):
+            packed = entry.packed.get(key, _ABSENT)
+            if packed is not _ABSENT:
                 return packed
-        packed = self.prepare(problem, weight, scale, shift)
+        else:
+            entry = None
+        if capturing(weight.device) or not persistent(weight):
+            return self.prepare(problem, weight, scale, shift)
+        # Taken before the work, so that an edit by another thread meanwhile makes the entry stale.
+        snapshot = Snapshot(sources) if entry is None else entry.snapshot
+        # What is packed may share memory with scale and shift: never with a temporary's.
+        vectors = snapshot.safe(sources)[1:] or (scale, shift)
+        packed = self.prepare(problem, weight, *vectors)
         with self._lock:
-            entry = self._entries.get(id(weight))
-            if entry is None or entry.owner() is not weight or entry.state != state:
+            if entry is None:
                 ident = id(weight)
                 owner = weakref.ref(weight, lambda ref: self._forget(ident, ref))
-                entry = self._entries[ident] = _Entry(owner, state, (scale, shift))
+                entry = self._entries[ident] = _Entry(owner, snapshot)
             if len(entry.packed) >= _MAX_LAYOUTS:
                 entry.packed.pop(next(iter(entry.packed)))
             entry.packed[key] = packed
@@ -103,23 +113,20 @@ class PackedKernel(Kernel):
             self._entries.pop(ident, None)
 
 
-#: Layouts kept per weight: a model run at many shapes must not keep one copy of its weights for
-#: each.
+#: Layouts kept per weight: a model run at many shapes must not keep a copy of its weights for each.
 _MAX_LAYOUTS = 4
+
+_ABSENT = object()
 
 
 class _Entry:
-    """Packed layouts of one weight tensor, true while ``state`` is."""
+    """Packed layouts of one weight tensor, true while ``snapshot`` holds."""
 
-    __slots__ = ("owner", "packed", "state", "vectors")
+    __slots__ = ("owner", "packed", "snapshot")
 
-    def __init__(
-        self, owner: weakref.ref[Tensor], state: Hashable, vectors: tuple[Tensor, Tensor]
-    ) -> None:
+    def __init__(self, owner: weakref.ref[Tensor], snapshot: Snapshot) -> None:
         self.owner = owner
-        self.state = state
-        # Keeps scale and shift alive, so that no new tensor can take their address unnoticed.
-        self.vectors = vectors
+        self.snapshot = snapshot
         self.packed: dict[Hashable, Any] = {}
 
 

@@ -13,16 +13,25 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends.kernel import Kernel
+from fused_resnet.freshness import capturing
 from fused_resnet.problem import AddReluProblem, ConvProblem
 
 
-@functools.lru_cache(maxsize=256)
 def _unit_statistics(k: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean 0 and variance 1 for [K] channels: they make batch_norm a per-channel affine map."""
+    if capturing(device):
+        return _new_unit_statistics(k, dtype, device)
+    return _cached_unit_statistics(k, dtype, device)
+
+
+def _new_unit_statistics(k: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     # Made outside any surrounding inference mode, so that autograd may save them later.
     with torch.inference_mode(False):
         zeros = torch.zeros(k, dtype=dtype, device=device)
         return zeros, torch.ones_like(zeros)
+
+
+_cached_unit_statistics = functools.lru_cache(maxsize=256)(_new_unit_statistics)
 
 
 def affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -337,5 +337,8 @@ def _tcgen05_shape(program: Program, position: int) -> tuple[tuple[int, int, int
             descriptor = int(value.group(1), 16)
             dtype = {0: "f16", 1: "bf16", 2: "tf32"}.get(descriptor >> 7 & 7, "unknown")
             m, n = (descriptor >> 24 & 31) * 16, (descriptor >> 17 & 63) * 8
+            if m not in (64, 128) or dtype == "unknown":
+                # A pair of SMs shares the product (cta_group::2), or a type that has no rate here.
+                return None, dtype
             return (m, n, 8 if dtype == "tf32" else 16), dtype
     return None, "unknown"

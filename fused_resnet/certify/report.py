@@ -138,6 +138,9 @@ _MUST_EQUAL: dict[str, Callable[[Json], Any]] = {
     "loop found": lambda plain: plain["loop"] is not None,
 }
 
+#: Figures whose absence is worse than any value: what was known is no longer.
+_MUST_STAY = frozenset({"loop.share", "spill_load_bytes", "spill_store_bytes"})
+
 #: Shares are compared up to what rounding to four decimals can do.
 _ROUNDING = 1e-4
 
@@ -163,9 +166,9 @@ def compare(committed: Json, now: Json, *, partial: bool = False) -> list[Worse]
         for sign, figures in ((1, _LOWER_IS_BETTER), (-1, _HIGHER_IS_BETTER)):
             for figure, get in figures.items():
                 before, after = get(old), get(new)
-                if before is None or after is None:
+                if before is None or (after is None and figure not in _MUST_STAY):
                     continue
-                if sign * (after - before) > _ROUNDING:
+                if after is None or sign * (after - before) > _ROUNDING:
                     worse.append(Worse(key, figure, before, after))
     return worse
 

@@ -23,7 +23,8 @@ mad.wide.u32 %addr, %i, 4, %base;
 
 def run(body: str, *arrays: np.ndarray, block=32, grid=1, shared=0, outside="") -> None:
     parameters = ", ".join(f".param .u64 p{n}" for n in range(len(arrays)))
-    load(kernel(LANE + body, parameters, outside))["test"].run(grid, block, arrays, shared)
+    test = load(kernel(LANE + body, parameters, outside))["test"]
+    test.run(grid, block, arrays, shared, max_steps=20_000)
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -416,6 +417,10 @@ def test_copies_land_when_they_are_waited_for() -> None:
     source, out = copied(copy + "cp.async.wait_group 0;" + READ)
     np.testing.assert_array_equal(out, source)
     _, early = copied(copy + READ + "cp.async.wait_group 0;")
+    assert np.isnan(early).all()
+    # What was there before is gone as soon as the copy is issued.
+    filled = "st.shared.v4.u32 [%r1], {%i, %i, %i, %i};"
+    _, early = copied(filled + copy + READ + "cp.async.wait_group 0;")
     assert np.isnan(early).all()
     _, allowed = copied(copy + "cp.async.wait_group 1;" + READ)
     assert np.isnan(allowed).all()

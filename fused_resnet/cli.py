@@ -1,0 +1,383 @@
+"""The command line ``fused-resnet bench | check | explain | doctor`` (``python -m fused_resnet``).
+
+Results go to standard output, progress and errors to standard error. Exit codes: 0 all is well; 1 a
+check failed or something must be mended; 2 the command cannot be carried out as given; 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import torch
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from fused_resnet import backends, bench_table, images, zoo
+from fused_resnet.bench import Settings
+from fused_resnet.bench import bench as run_bench
+from fused_resnet.check import check as run_check
+from fused_resnet.console import UserError, err, out
+from fused_resnet.doctor import examine
+from fused_resnet.explain import explain as run_explain
+from fused_resnet.machine import has_native_bf16
+from fused_resnet.version import __version__
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="fused-resnet",
+    help="Fused conv + BatchNorm + ReLU for PyTorch: measure it, check it, look inside.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_DTYPES = {
+    **dict.fromkeys(("float32", "fp32", "f32", "float"), torch.float32),
+    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
+    **dict.fromkeys(("float16", "fp16", "f16", "half"), torch.float16),
+    **dict.fromkeys(("float64", "fp64", "f64", "double"), torch.float64),
+}
+
+_NAMES = "a builder of torchvision or of this package, timm:NAME, or module:callable"
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=f"{_NAMES}.")]
+ModelsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[MODEL]...", help=f"Each {_NAMES}; resnet50 if none.")
+]
+BatchOption = Annotated[
+    list[str] | None, typer.Option("--batch", "-b", help="Batch size; several: 1,16.")
+]
+DtypeOption = Annotated[
+    list[str] | None,
+    typer.Option("--dtype", "-t", help="fp32, bf16, fp16 or fp64; several: fp32,bf16."),
+]
+DeviceOption = Annotated[str, typer.Option("--device", "-d", help="cpu, cuda or cuda:0.")]
+BackendOption = Annotated[
+    list[str] | None,
+    typer.Option("--backend", help=f"Force a backend: {', '.join(backends.NAMES)}."),
+]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of torch.")]
+ImagesOption = Annotated[
+    Path | None, typer.Option("--images", help="Folder of photos; scikit-image's by default.")
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", help="DEFAULT or another entry of the model's zoo, or a file; else random."
+    ),
+]
+SizeOption = Annotated[
+    int | None, typer.Option("--size", min=1, help="Height and width of the photos.")
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Also write everything to this file.")
+]
+
+
+def _command(function: Callable[P, None]) -> Callable[P, None]:
+    """A command whose foreseeable failures end in one line and an exit code."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except UserError as e:
+            err.print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            err.print("interrupted")
+            raise typer.Exit(130) from None
+
+    return run
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+@_command
+def bench(
+    models: ModelsArgument = None,
+    batch: BatchOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    backend: BackendOption = None,
+    threads: ThreadsOption = None,
+    folder: ImagesOption = None,
+    weights: WeightsOption = None,
+    size: SizeOption = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0, help="For timing, all cases together.")
+    ] = 60.0,
+    memory: Annotated[
+        bool,
+        typer.Option(help="Measure first call and peak memory, each in a process of its own."),
+    ] = True,
+    json_file: JsonOption = None,
+) -> None:
+    """Compare fused networks with stock PyTorch on real photos: speed, memory and error.
+
+    Without arguments: ResNet-50, batch 1 and 16, fp32, and bf16 where the device computes in it.
+    """
+    where = _device(device)
+    settings = Settings(
+        models=tuple(models or ["resnet50"]),
+        batches=_batches(batch) or (1, 16),
+        dtypes=_dtypes(dtype) or _default_dtypes(where),
+        device=str(where),
+        threads=threads or torch.get_num_threads(),
+        seconds=seconds,
+        backends=_backends(backend),
+        folder=folder,
+        weights=weights,
+        size=size,
+        memory=memory,
+    )
+    write = _writer(json_file)
+    with _progress() as tell:
+        report = run_bench(settings, tell)
+    out.print(*bench_table.parts(report), sep="\n")
+    write(report.to_dict())
+    if not report.complete:
+        raise typer.Exit(130)
+    if not report.correct:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_command
+def check(
+    model: ModelArgument,
+    batch: BatchOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    backend: BackendOption = None,
+    threads: ThreadsOption = None,
+    folder: ImagesOption = None,
+    weights: WeightsOption = None,
+    size: SizeOption = None,
+    layers: Annotated[bool, typer.Option(help="Also judge every fused op by itself.")] = True,
+    json_file: JsonOption = None,
+) -> None:
+    """Compare a fused network and stock PyTorch with float64, as a whole and op by op.
+
+    Ends with exit code 1 if an error is larger than the rule allows.
+    """
+    where = _device(device)
+    names = _backends(backend)
+    reports = []
+    write = _writer(json_file)
+    with _progress() as tell, _threads(threads), _forced(names):
+        tell(f"{model}: loading", 0.0)
+        network, photos = _load(model, weights, size, folder)
+        cases = [
+            (d, b)
+            for d in _dtypes(dtype) or _default_dtypes(where)
+            for b in _batches(batch) or (8,)
+        ]
+        for i, (d, b) in enumerate(cases):
+            tell(f"{model}: checking batch {b}, {d}", i / len(cases))
+            stock = zoo.converted(network, d, where, channels_last=True)
+            x = photos.batch(b).to(where, d).contiguous(memory_format=torch.channels_last)
+            reports.append((b, run_check(zoo.fused(model, stock), stock, x, layers=layers)))
+    for b, report in reports:
+        out.print(f"[bold]{model}[/] ({network.weights}), batch {b}, {photos.source}")
+        out.print(report)
+        out.print()
+    _print_skipped(photos)
+    write(
+        {
+            "model": model,
+            "weights": network.weights,
+            "checks": [{"batch": b, **report.to_dict()} for b, report in reports],
+        }
+    )
+    if not all(report.passed for _, report in reports):
+        raise typer.Exit(1)
+
+
+@app.command()
+@_command
+def explain(
+    model: ModelArgument,
+    batch: BatchOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    backend: BackendOption = None,
+    weights: WeightsOption = None,
+    size: SizeOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Name each convolution, batch norm, add and ReLU, what became of it, and why not where not."""
+    where = _device(device)
+    names = _backends(backend)
+    write = _writer(json_file)
+    with _forced(names):
+        network = zoo.load(model, weights=weights, size=size)
+        d = _one("--dtype", _dtypes(dtype) or (torch.float32,))
+        b = _one("--batch", _batches(batch) or (1,))
+        stock = zoo.converted(network, d, where, channels_last=True)
+        example = torch.zeros(b, 3, network.size, network.size, dtype=d, device=where)
+        table = run_explain(stock, example)
+        out.print(str(table), markup=False, soft_wrap=True)
+        write({"model": model, **table.to_dict()})
+
+
+@app.command()
+@_command
+def doctor(json_file: JsonOption = None) -> None:
+    """Say what is installed, what works here, and what to mend (exit code 1 if anything is)."""
+    write = _writer(json_file)
+    diagnosis = examine()
+    out.print(diagnosis)
+    write(diagnosis.to_dict())
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
+
+
+# --------------------------------------------------------------------------------------------------
+# From what is typed to what is meant.
+# --------------------------------------------------------------------------------------------------
+
+
+def _split(values: list[str] | None) -> list[str]:
+    return [part.strip() for value in values or [] for part in value.split(",") if part.strip()]
+
+
+def _batches(values: list[str] | None) -> tuple[int, ...]:
+    sizes = []
+    for text in _split(values):
+        if not text.isdecimal() or int(text) < 1:
+            raise UserError(f"--batch takes positive whole numbers, got {text!r}")
+        sizes.append(int(text))
+    return tuple(dict.fromkeys(sizes))
+
+
+def _dtypes(values: list[str] | None) -> tuple[torch.dtype, ...]:
+    found = []
+    for text in _split(values):
+        dtype = _DTYPES.get(text.lower().removeprefix("torch."))
+        if dtype is None:
+            raise UserError(f"unknown dtype {text!r}; fp32, bf16, fp16 or fp64")
+        found.append(dtype)
+    return tuple(dict.fromkeys(found))
+
+
+def _default_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    return (torch.float32, torch.bfloat16) if has_native_bf16(device) else (torch.float32,)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise UserError(f"unknown device {text!r}; cpu, cuda or cuda:0") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise UserError(f"device {text!r} is not supported; cpu, cuda or cuda:0")
+    count = torch.cuda.device_count()
+    if count == 0:
+        built = torch.version.cuda or torch.version.hip
+        reason = "torch finds none" if built else "this torch is built for the CPU only"
+        raise UserError(f"no CUDA device: {reason}; use --device cpu, or see fused-resnet doctor")
+    if device.index is not None and device.index >= count:
+        raise UserError(f"no device {text!r}: there are {count}, counted from cuda:0")
+    return device
+
+
+def _backends(values: list[str] | None) -> tuple[str, ...]:
+    names = tuple(_split(values))
+    for name in names:
+        if name not in backends.NAMES:
+            raise UserError(f"unknown backend {name!r}; one of {', '.join(backends.NAMES)}")
+    return names
+
+
+def _one(option: str, values: tuple[Any, ...]) -> Any:
+    if len(values) > 1:
+        raise UserError(f"{option} takes one value here, got {len(values)}")
+    return values[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Parts of commands.
+# --------------------------------------------------------------------------------------------------
+
+
+def _load(
+    model: str, weights: str | None, size: int | None, folder: Path | None
+) -> tuple[zoo.Network, images.Photos]:
+    network = zoo.load(model, weights=weights, size=size)
+    photos = images.load(folder, transform=network.transform)
+    zoo.settle(network, photos.batch(16))
+    return network, photos
+
+
+def _print_skipped(photos: images.Photos) -> None:
+    for name, reason in photos.skipped:
+        out.print(f"[yellow]note:[/] {escape(f'{name} was skipped: {reason}')}")
+
+
+@contextlib.contextmanager
+def _forced(names: tuple[str, ...]) -> Iterator[None]:
+    if not names:
+        yield
+        return
+    with backends.backend(*names):
+        yield
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A progress bar on standard error, as long as that is a terminal."""
+    columns = (
+        SpinnerColumn(),
+        BarColumn(20),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda text, share: bar.update(task, description=text, completed=share)
+
+
+def _writer(path: Path | None) -> Callable[[dict[str, Any]], None]:
+    """A function that writes the JSON file; that it can be written is known before the work."""
+    if path is None:
+        return lambda _data: None
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+
+    def write(data: dict[str, Any]) -> None:
+        try:
+            path.write_text(json.dumps(data, indent=1) + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write {path}: {e.strerror}") from None
+
+    return write

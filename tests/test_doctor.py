@@ -1,0 +1,93 @@
+"""The doctor calls broken what the user must mend, and nothing else."""
+
+import json
+
+import pytest
+import torch
+
+from fused_resnet import _build, backends, doctor, machine
+
+
+def _find(diagnosis, section, name):
+    return next(f for f in diagnosis.findings if (f.section, f.name) == (section, name))
+
+
+def test_this_machine():
+    diagnosis = doctor.examine()
+    assert diagnosis.healthy, str(diagnosis)
+    assert _find(diagnosis, "Versions", "torch").value == torch.__version__
+    for name in backends.NAMES:
+        assert _find(diagnosis, "Backends on cpu", name).status == "ok"
+    assert "float32" in _find(diagnosis, "Backends on cpu", "torch").value
+    assert json.loads(json.dumps(diagnosis.to_dict()))["healthy"] is True
+    assert "Nothing to mend" in str(diagnosis)
+
+
+@pytest.mark.parametrize(("file", "status"), [("_C.abi3.so", "broken"), (None, "note")])
+def test_no_extension(monkeypatch, tmp_path, file, status):
+    if file is not None:
+        (tmp_path / file).touch()
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
+    monkeypatch.setattr(_build, "extension", None)
+    monkeypatch.setattr(_build, "extension_error", "made for another torch")
+    diagnosis = doctor.examine()
+    found = _find(diagnosis, "Compiled extension", "loaded")
+    assert found.status == status
+    assert "made for another torch" in found.value
+    assert diagnosis.healthy == (status == "note")
+    assert "not usable: the compiled extension is missing" in (
+        _find(diagnosis, "Backends on cpu", "cpu").value
+    )
+
+
+def test_a_kernel_that_computes_nonsense(monkeypatch):
+    def verdict(kernel, _device, dtype):
+        return "its error is 0.3" if (kernel.name, dtype) == ("onednn", torch.float32) else None
+
+    monkeypatch.setattr(backends, "verdict", verdict)
+    diagnosis = doctor.examine()
+    broken = [f for f in diagnosis.findings if f.status == "broken"]
+    assert {f.name for f in broken} == {"library: onednn in float32"}
+    assert "its error is 0.3" in str(diagnosis)
+    assert "BROKEN" in str(diagnosis)
+
+
+def test_an_old_torch(monkeypatch):
+    monkeypatch.setattr(doctor, "versions", lambda: {"torch": "2.8.1+cpu"})
+    found = _find(doctor.examine(), "Versions", "torch")
+    assert found.status == "broken"
+    assert "torch>=2.9" in found.value
+
+
+def test_missing_packages_are_no_fault(monkeypatch):
+    for module in (doctor, machine):
+        monkeypatch.setattr(module, "package_version", lambda _name: None)
+    diagnosis = doctor.examine()
+    found = _find(diagnosis, "Versions", "scikit-image")
+    assert found.status == "note"
+    assert 'pip install "fused-resnet[bench]"' in " ".join(str(diagnosis).split())
+    assert diagnosis.healthy
+
+
+def test_the_environment(monkeypatch):
+    monkeypatch.setenv("FUSED_RESNET_BACKEND", "torch")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    diagnosis = doctor.examine()
+    assert _find(diagnosis, "Environment", "FUSED_RESNET_BACKEND").value == "torch"
+    assert _find(diagnosis, "Environment", "OMP_NUM_THREADS").value == "1"
+
+
+def test_a_driver_that_torch_cannot_use(monkeypatch, tmp_path):
+    driver = tmp_path / "version"
+    driver.touch()
+    monkeypatch.setattr(doctor, "_NVIDIA_DRIVER", driver)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    facts = doctor.machine()
+    if facts.gpus:
+        pytest.skip("this machine has a GPU that torch can use")
+    found = next(f for f in doctor._devices(facts) if f.name == "cuda")
+    assert found.status == "broken"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = next(f for f in doctor._devices(facts) if f.name == "cuda")
+    assert found.status == "note"
