@@ -212,6 +212,10 @@ class ImplicitGemm(PackedKernel):
             return "torch.backends.cudnn.conv.fp32_precision does not allow tf32"
         return self._too_large(problem)
 
+    def promising(self, problem: ConvProblem, device: torch.device) -> bool:
+        """Those of one tile are for the tuner to try."""
+        return self.tile is None
+
     def _too_large(self, problem: ConvProblem) -> str | None:
         """Why the kernel's indices do not suffice; None if they do."""
         p, limit = bundled(problem), 2**31
