@@ -72,8 +72,8 @@ def cuda_conv_implicit_gemm(
     """``conv_affine_act`` on the GPU; only where the extension was built with CUDA, as all below.
 
     x [N, C, H, W] and residual are dense in channels_last order; weight and gather come from
-    ``fused_resnet.backends.cuda.pack``; epilogue, arithmetic and tile are positions in ``EPILOGUES``,
-    ``ARITHMETICS`` and ``TILES``.
+    ``fused_resnet.backends.cuda.pack``; epilogue, arithmetic and tile are positions in
+    ``EPILOGUES``, ``ARITHMETICS`` and ``TILES``.
 
     Raises:
         ValueError: shapes, devices, layouts or addresses do not fit.
@@ -93,7 +93,7 @@ def cuda_stem(
 ) -> Tensor:
     """``conv_affine_relu_maxpool`` of x [N, C <= 4, H, W], any strides, floating point or uint8.
 
-    Bytes become ``x * input_scale[c] + input_shift[c]``. Raises as ``cuda_conv_implicit_gemm`` does.
+    Bytes become ``x * input_scale[c] + input_shift[c]``. Raises as ``cuda_conv_implicit_gemm``.
     """
 
 def cuda_add_relu(a: Tensor, b: Tensor, inplace: bool) -> Tensor:
