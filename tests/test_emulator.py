@@ -162,6 +162,33 @@ def test_matrix_product_tf32(emulator: Emulator) -> None:
 
 
 @both
+def test_mma_cuts_tf32_operands(emulator: Emulator) -> None:
+    a, b, c = random(16, 8), random(8, 8), np.zeros((16, 8), np.float32)
+    arguments = {"a": a, "b": b, "c": Output(c)}
+    emulator.launch("matrix_product/tf32_cut", arguments, grid=1, block=32).raise_findings()
+    cut_a, cut_b = ((x.view(np.uint32) & 0xFFFFE000).view(np.float32) for x in (a, b))
+    np.testing.assert_allclose(c, cut_a.astype(float) @ cut_b, rtol=0, atol=2e-6)
+
+
+@both
+@pytest.mark.parametrize("width", [4, 8, 16])
+def test_copies_fill_with_zeros(emulator: Emulator, width: int) -> None:
+    elements = 8 * width
+    x, y = random(elements), np.ones(elements, np.float32)
+    count = elements // 2
+    # What is not copied is not read either: it does not exist.
+    report = emulator.launch(
+        f"copy_or_zero/{width}",
+        {"x": x[:count], "y": Output(y), "count": count},
+        grid=1,
+        block=32,
+        placement="right",
+    )
+    report.raise_findings()
+    assert np.array_equal(y, np.where(np.arange(elements) < count, x, 0))
+
+
+@both
 @placements
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 403, 1024])
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
@@ -266,6 +293,20 @@ def test_coordinates_and_structure_arguments(emulator: Emulator, schedule: str) 
 
 
 @both
+def test_order_of_blocks(emulator: Emulator) -> None:
+    orders = {}
+    for schedule in SCHEDULES:
+        y = np.zeros(20, np.int32)
+        arguments = {"counter": np.zeros(1, np.int32), "y": Output(y)}
+        emulator.launch("tickets", arguments, grid=20, block=1, schedule=schedule).raise_findings()
+        orders[schedule] = y.tolist()
+    assert orders["depth_first"] == list(range(20))
+    assert orders["fifo"] == list(range(19, -1, -1))
+    assert sorted(orders["random"]) == list(range(20))
+    assert orders["random"] not in (orders["depth_first"], orders["fifo"])
+
+
+@both
 def test_random_schedule_depends_on_its_seed_only(emulator: Emulator) -> None:
     def place(seed: int) -> tuple[int, int]:
         report = row_sum(emulator, "row_sum/early_exit", schedule="random", seed=seed)[1]
@@ -319,10 +360,35 @@ def test_too_loose_wait_is_an_in_flight_read(
     assert not right
 
 
+@both
+def test_copy_in_flight_is_nan(emulator: Emulator) -> None:
+    y = np.zeros(32, np.float32)
+    report = emulator.launch(
+        "read_before_wait", {"x": random(32), "y": Output(y)}, grid=1, block=32
+    )
+    assert np.isnan(y).all()
+    assert report.kinds == ({"in-flight"} if emulator.checked else set())
+
+
 @fast
 @schedules
-def test_too_loose_wait_reads_nan_in_the_fast_build(emulator: Emulator, schedule: str) -> None:
+def test_too_loose_wait_is_wrong_in_the_fast_build(emulator: Emulator, schedule: str) -> None:
     assert not pipeline(emulator, "pipeline/loose_wait", schedule)[0]
+
+
+@fast
+def test_shared_memory_starts_as_nan(emulator: Emulator) -> None:
+    for memory in ("static", "dynamic"):
+        y = np.zeros(32, np.float32)
+        emulator.launch(
+            f"shared_out_of_bounds/{memory}",
+            {"y": Output(y), "index": 1},
+            grid=1,
+            block=32,
+            shared_bytes=256,
+        )
+        assert np.isnan(y[31]) == (memory == "dynamic")
+        assert np.array_equal(y[:31], np.ones(31))
 
 
 @checked
@@ -359,8 +425,19 @@ def test_divergent_barrier(emulator: Emulator, schedule: str) -> None:
 @both
 @schedules
 def test_barrier_after_exit(emulator: Emulator, schedule: str) -> None:
-    report = row_sum(emulator, "row_sum/early_exit", schedule=schedule)[1]
-    assert "barrier-after-exit" in report.kinds
+    kinds = row_sum(emulator, "row_sum/early_exit", schedule=schedule)[1].kinds
+    assert kinds & {"barrier-after-exit", "exit-before-barrier"}
+    if schedule == "depth_first":
+        # Warp 0 has returned when warp 1 comes to the barrier, where it is when warp 2 returns.
+        assert kinds >= {"barrier-after-exit", "exit-before-barrier"}
+
+
+@checked
+def test_wrong_space(emulator: Emulator) -> None:
+    arguments = {"x": random(32, 4), "y": Output(np.zeros(32, np.float32))}
+    report = emulator.launch("wrong_space", arguments, grid=1, block=32)
+    assert report.kinds == {"wrong-space"}
+    assert sum(finding.count for finding in report.findings) == 2 * 32
 
 
 @both
@@ -573,6 +650,19 @@ def test_bank_conflicts(emulator: Emulator) -> None:
     assert (load.width, load.executed, load.cost) == (4, 4 * 32, 4 * 32 * 32)
 
 
+@checked
+def test_broadcasts_and_vectors_do_not_conflict(emulator: Emulator) -> None:
+    y = np.zeros(32, np.float32)
+    report = emulator.launch("free_of_conflicts", {"y": Output(y)}, grid=1, block=32)
+    report.raise_findings()
+    lane = np.arange(32)
+    assert np.array_equal(y, lane + lane // 2 + 7 + 3)
+    for kind in ("shared_load", "shared_store", "ldmatrix"):
+        assert report.conflicts(kind) == 1
+    cost = {i.width: i.cost for i in report.instructions if i.kind == "shared_load"}
+    assert cost == {4: 1, 8: 2, 16: 4}
+
+
 @both
 def test_ldmatrix_bank_conflicts(emulator: Emulator) -> None:
     def conflicts(kernel: str) -> float:
@@ -609,6 +699,15 @@ def test_bytes_and_widths(emulator: Emulator) -> None:
     assert (x.reads["16"], x.reads["4"]) == (100, 3)
     assert (y.writes["16"], y.writes["4"]) == (100, 3)
     assert sum(x.reads.values()) == 103
+
+
+@checked
+def test_block_copies_are_counted(emulator: Emulator) -> None:
+    x, y = random(4, 128), np.zeros((4, 128), np.float32)
+    report = emulator.launch("copy_large", {"x": x, "y": Output(y)}, grid=1, block=4)
+    report.raise_findings()
+    assert np.array_equal(x, y)
+    assert report.buffers["x"].bytes_read == report.buffers["y"].bytes_written == x.nbytes
 
 
 @checked

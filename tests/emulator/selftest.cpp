@@ -38,7 +38,7 @@ __global__ void row_sum(const float* x, float* y, int columns) {
     sum += x[static_cast<size_t>(blockIdx.x) * columns + i];
   }
   for (int step = kWarpSize / 2; step > 0; step /= 2) sum += __shfl_down_sync(kAllLanes, sum, step);
-  if (bug == kEarlyExit && warp == 1) return;
+  if (bug == kEarlyExit && warp % 2 == 0) return;
   if (lane == 0) partial[warp] = sum;
   if (bug == kDivergentBarrier && threadIdx.x == 5) {
     __syncthreads();
@@ -154,14 +154,14 @@ __global__ void matrix_product(const T* a, const T* b, float* c) {
   }
 }
 
-// c[16, 8] = a[16, 8] b[8, 8], operands rounded to tf32.
+// c[16, 8] = a[16, 8] b[8, 8], operands rounded to tf32, or left to the tensor core to cut.
+template <bool rounded>
 __global__ void matrix_product_tf32(const float* a, const float* b, float* c) {
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  const auto operand = [](float x) { return rounded ? round_to_tf32(x) : __float_as_uint(x); };
   uint32_t rows[4], columns[2];
-  for (int i = 0; i < 4; ++i) {
-    rows[i] = round_to_tf32(a[(g + 8 * (i % 2)) * 8 + t + 4 * (i / 2)]);
-  }
-  for (int i = 0; i < 2; ++i) columns[i] = round_to_tf32(b[(t + 4 * i) * 8 + g]);
+  for (int i = 0; i < 4; ++i) rows[i] = operand(a[(g + 8 * (i % 2)) * 8 + t + 4 * (i / 2)]);
+  for (int i = 0; i < 2; ++i) columns[i] = operand(b[(t + 4 * i) * 8 + g]);
   float sum[4] = {};
   mma<tf32>(sum, rows, columns);
   for (int i = 0; i < 4; ++i) c[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = sum[i];
@@ -224,20 +224,69 @@ __global__ void write_twice(float* y, int stride) {
   y[(blockIdx.x * blockDim.x + threadIdx.x) / stride] = 1.0f;
 }
 
-// Everybody reads one value, then the last thread of the last block replaces it: in shared memory
-// with no barrier between, in global memory with one that the other block's threads do not share.
+// Everybody reads one value, then one thread replaces it: in shared memory with no barrier between,
+// in global memory with one that the other block's threads do not share.
 __global__ void replace_shared(float* y) {
   SHARED_ARRAY(float, value, [1]);
   if (threadIdx.x == 0) value[0] = 1.0f;
   __syncthreads();
   y[threadIdx.x] = value[0];
-  if (threadIdx.x == blockDim.x - 1) value[0] = 2.0f;
+  if (threadIdx.x == 0) value[0] = 2.0f;
 }
 __global__ void replace_global(float* x, float* y) {
   y[blockIdx.x * blockDim.x + threadIdx.x] = x[0];
   __syncthreads();
   if (threadIdx.x == 0 && blockIdx.x == gridDim.x - 1) x[0] = 2.0f;
 }
+
+// y = x where i < count and 0 elsewhere, by asynchronous copies of each width.
+template <int bytes>
+__global__ void copy_or_zero(const float* x, float* y, int count) {
+  constexpr int kElements = bytes / sizeof(float);
+  SHARED_ARRAY(float, values, [128]);
+  const int first = threadIdx.x * kElements;
+  cp_async<bytes>(values + first, x + first, first < count);
+  cp_async_commit();
+  cp_async_wait<0>();
+  for (int i = first; i < first + kElements; ++i) y[i] = values[i];
+}
+
+// Reads what a copy is about to replace.
+__global__ void read_before_wait(const float* x, float* y) {
+  SHARED_ARRAY(float, values, [32]);
+  values[threadIdx.x] = 1.0f;
+  cp_async<4>(&values[threadIdx.x], x + threadIdx.x, true);
+  cp_async_commit();
+  y[threadIdx.x] = values[threadIdx.x];
+  cp_async_wait<0>();
+}
+
+// Accesses without bank conflicts: neighbouring vectors, one word for all, one row for all.
+__global__ void free_of_conflicts(float* y) {
+  SHARED_ARRAY(float4, values, [32]);
+  const int lane = threadIdx.x;
+  store_shared(&values[lane], make_float4(lane, lane, lane, lane));
+  __syncthreads();
+  const float2 pair = load_shared<float2>(&values[lane / 2].x + lane % 2 * 2);
+  uint32_t row[1];
+  ldmatrix(row, &values[3]);
+  y[lane] = load_shared<float4>(&values[lane]).w + pair.x + values[7].x + __uint_as_float(row[0]);
+}
+
+__global__ void wrong_space(const float4* x, float* y) {
+  SHARED_ARRAY(float4, values, [32]);
+  store_global(&values[threadIdx.x], load_shared<float4>(&x[threadIdx.x]));
+  y[threadIdx.x] = values[threadIdx.x].x;
+}
+
+// A copy so large that the compiler calls memcpy.
+struct Large {
+  float values[128];
+};
+__global__ void copy_large(const Large* x, Large* y) { y[threadIdx.x] = x[threadIdx.x]; }
+
+// y[block] = how many blocks ran before.
+__global__ void tickets(int* counter, int* y) { y[blockIdx.x] = atomicAdd(counter, 1); }
 
 // y[i] += y[i + 1], in place: another thread may have written y[i + 1] by then.
 __global__ void add_neighbour(float* y, int count) {
@@ -343,7 +392,8 @@ EMULATOR_KERNEL("matrix_product/fp16", matrix_product<__half, true>);
 EMULATOR_KERNEL("matrix_product/bf16", matrix_product<__nv_bfloat16, true>);
 EMULATOR_KERNEL("matrix_product/unswizzled", matrix_product<__half, false>);
 EMULATOR_KERNEL("matrix_product/wrong_row", matrix_product<__half, true, kWrongRow>);
-EMULATOR_KERNEL("matrix_product/tf32", matrix_product_tf32);
+EMULATOR_KERNEL("matrix_product/tf32", matrix_product_tf32<true>);
+EMULATOR_KERNEL("matrix_product/tf32_cut", matrix_product_tf32<false>);
 EMULATOR_KERNEL("copy/fp32", copy<float, kNone>);
 EMULATOR_KERNEL("copy/uint8", copy<uint8_t, kNone>);
 EMULATOR_KERNEL("copy/past_end", copy<float, kPastEnd>);
@@ -358,6 +408,14 @@ EMULATOR_KERNEL("split_sum/missing_atomic", split_sum<kMissingAtomic>);
 EMULATOR_KERNEL("write_twice", write_twice);
 EMULATOR_KERNEL("replace_shared", replace_shared);
 EMULATOR_KERNEL("replace_global", replace_global);
+EMULATOR_KERNEL("copy_or_zero/4", copy_or_zero<4>);
+EMULATOR_KERNEL("copy_or_zero/8", copy_or_zero<8>);
+EMULATOR_KERNEL("copy_or_zero/16", copy_or_zero<16>);
+EMULATOR_KERNEL("read_before_wait", read_before_wait);
+EMULATOR_KERNEL("free_of_conflicts", free_of_conflicts);
+EMULATOR_KERNEL("wrong_space", wrong_space);
+EMULATOR_KERNEL("copy_large", copy_large);
+EMULATOR_KERNEL("tickets", tickets);
 EMULATOR_KERNEL("add_neighbour", add_neighbour);
 EMULATOR_KERNEL("write_const", write_const);
 EMULATOR_KERNEL("write_null", write_null);

@@ -162,7 +162,7 @@ void release_barrier() {
     }
   }
   if (execution.at_barrier > 0) {
-    report("barrier-after-exit",
+    report("exit-before-barrier",
            "a thread returned from the kernel while others of its block wait at __syncthreads",
            {0, execution.barrier_site, me.number, execution.block});
     if (execution.at_barrier == execution.alive) release_barrier();

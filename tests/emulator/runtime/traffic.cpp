@@ -117,13 +117,12 @@ class Distinct {
 };
 
 void count_global(Instruction& instruction, const WarpInstruction& warp) {
-  Distinct sectors, addresses;
+  Distinct sectors, addresses;  // an aligned access lies in one sector
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if ((warp.lanes >> lane & 1u) == 0) continue;
     const uint64_t address = warp.addresses[lane];
     addresses.add(address);
     sectors.add(address / kSectorBytes);
-    sectors.add((address + instruction.bytes - 1) / kSectorBytes);
   }
   ++instruction.executed;
   instruction.cost += sectors.count();
