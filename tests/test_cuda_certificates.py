@@ -40,7 +40,6 @@ def certificates(extension: Path) -> dict[str, Certificate]:
 
 
 @needs_cuda_build
-@pytest.mark.xdist_group("cuda_build")
 class TestMachineCode:
     def test_imports_with_no_gpu_and_names_its_architectures(self, extension: Path) -> None:
         code = (
