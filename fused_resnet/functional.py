@@ -307,7 +307,8 @@ def conv_bn_act(
     if _is_proxy(x):
         return _traced(conv_bn_act, x, conv, bn, act, residual, act_before_add=act_before_add)
     relu = act is None or (type(act) is nn.ReLU and not _has_hooks(act))
-    if not _is_fused(conv, bn) or (act_before_add and not relu):
+    # nn.Conv2d takes an image without a batch dimension; the op does not.
+    if x.dim() != 4 or not _is_fused(conv, bn) or (act_before_add and not relu):
         y: Tensor = conv(x)
         if bn is not None:
             y = bn(y)
@@ -364,7 +365,8 @@ def conv_bn_act_maxpool(
     if _is_proxy(x):
         return _traced(conv_bn_act_maxpool, x, conv, bn, act, pool)
     if (
-        type(act) is not nn.ReLU
+        x.dim() != 4
+        or type(act) is not nn.ReLU
         or _has_hooks(act)
         or why_not_poolable(pool) is not None
         or not _is_fused(conv, bn)

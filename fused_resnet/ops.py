@@ -14,13 +14,15 @@ of the kernel is remembered with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_resnet import backends
+from fused_resnet.freshness import Snapshot, keep, persistent
 from fused_resnet.problem import (
     DTYPES,
     EPILOGUES,
@@ -534,26 +536,41 @@ def _autocast(op: Callable[..., Any], device: str, kept: tuple[int, ...]) -> Cal
     """The autocast rule of ``op``: cast every tensor but those at the positions ``kept``."""
     excluded = _autocast_keys(device)
 
-    def cast(t: Any, dtype: torch.dtype) -> Any:
-        castable = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if castable and t.device.type == device else t
-
     def rule(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
-        cast_args = [
-            (
-                a.float()
-                if isinstance(a, Tensor) and a.dtype in (torch.float16, torch.bfloat16)
-                else a
-            )
-            if i in kept
-            else cast(a, dtype)
+        cast = [
+            _autocast_cast(a, torch.float32 if i in kept else dtype, device)
             for i, a in enumerate(args)
         ]
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return op(*cast_args)
+            return op(*cast)
 
     return rule
+
+
+def _autocast_cast(value: Any, dtype: torch.dtype, device: str) -> Any:
+    """``value`` in ``dtype`` if it is a tensor that autocast casts: floating, but not float64."""
+    if (
+        not isinstance(value, Tensor)
+        or value.dtype == dtype
+        or value.dtype == torch.float64
+        or value.device.type != device
+        or not value.is_floating_point()
+    ):
+        return value
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not persistent(value):
+        return value.to(dtype)
+    # A weight: kept, so that kernels know it again and pack it once.
+    kept = _casts.get(value)
+    if kept is None or kept[1].dtype != dtype or not kept[0].holds((value,)):
+        with torch.inference_mode(False):
+            kept = Snapshot((value,)), keep(value.detach().to(dtype))
+        _casts[value] = kept
+    return kept[1]
+
+
+#: Weights in the dtype of autocast, as long as they live and are not changed.
+_casts: MutableMapping[Tensor, tuple[Snapshot, Tensor]] = WeakTensorKeyDictionary()
 
 
 def _autocast_add(op: Callable[..., Any], device: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""fuse: every pattern, in every spelling, computes what the stock model computes and keeps its state."""
+"""fuse: every pattern, in every spelling, computes what the stock model does and keeps its state."""
 
 import collections
 import copy
@@ -424,7 +424,7 @@ def test_another_kind_of_convolution_stays() -> None:
         assert not sites(fuse(model3d))
 
 
-# -------------------------------------------------------------------- what stock operators forgive
+# --- what stock operators forgive
 
 
 class Residual(nn.Module):
@@ -490,7 +490,7 @@ def test_empty_batch() -> None:
     assert fuse(model)(X[:0]).shape == (0, 4, 9, 7)
 
 
-# -------------------------------------------------------------- forwards that a graph cannot express
+# --- forwards that a graph cannot express
 
 
 class WithForward(nn.Module):
@@ -660,7 +660,7 @@ def test_a_forward_that_differs_in_train_mode() -> None:
     assert "train mode" in (why_stale(fused) or "")
 
 
-# ------------------------------------------------------------------------------- changes after fusing
+# --- changes after fusing
 
 
 class Block(nn.Module):
@@ -770,7 +770,7 @@ def test_submodules_are_fused_on_their_own() -> None:
     assert_close(actual, model.layer2(x))
 
 
-# ------------------------------------------------------------------------------- life of a fused model
+# --- life of a fused model
 
 
 @pytest.fixture(scope="module")
@@ -942,7 +942,7 @@ def test_parametrized_and_weight_normed_convolutions() -> None:
     assert_close(fuse(model)(X.double()), model(X.double()))
 
 
-# ------------------------------------------------------------------------------------ models of others
+# --- models of others
 
 
 def test_own_networks_are_fused_by_construction(images: Tensor) -> None:
@@ -1019,7 +1019,7 @@ def test_timm(name: str, images: Tensor) -> None:
     assert_close(fused.forward_features(features), model.forward_features(features))
 
 
-# -------------------------------------------------------------------------------------- refused models
+# --- refused models
 
 
 @pytest.mark.parametrize("value", [None, "resnet18", torch.ones(1), lambda x: x, nn.ReLU])
@@ -1058,7 +1058,7 @@ def test_scripted_parts_of_a_model_stay() -> None:
     assert_close(fused(X.double()), model(X.double()))
 
 
-# ---------------------------------------------------------------------------------- programs at random
+# --- programs at random
 
 
 class Program(nn.Module):
