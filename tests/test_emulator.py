@@ -559,13 +559,12 @@ def test_in_place_update_of_a_neighbour(emulator: Emulator, schedule: str) -> No
 @checked
 @schedules
 def test_one_of_many_readers_writes(emulator: Emulator, schedule: str) -> None:
-    y = np.zeros(64, np.float32)
-    report = emulator.launch(
-        "replace_shared", {"y": Output(y)}, grid=1, block=64, schedule=schedule
-    )
     write, read = line_of("value[0] = 2.0f"), line_of("y[threadIdx.x] = value[0]")
-    assert lines(report, "race") <= {(write, read), (read, write)}
-    assert lines(report, "race")
+    for writer in range(64):
+        arguments = {"y": Output(np.zeros(64, np.float32)), "writer": writer}
+        report = emulator.launch("replace_shared", arguments, grid=1, block=64, schedule=schedule)
+        assert lines(report, "race") <= {(write, read), (read, write)}
+        assert lines(report, "race")
 
 
 @checked
@@ -704,7 +703,8 @@ def test_bytes_and_widths(emulator: Emulator) -> None:
 @checked
 def test_block_copies_are_counted(emulator: Emulator) -> None:
     x, y = random(4, 128), np.zeros((4, 128), np.float32)
-    report = emulator.launch("copy_large", {"x": x, "y": Output(y)}, grid=1, block=4)
+    arguments = {"x": x, "y": Output(y), "count": 128}
+    report = emulator.launch("copy_block", arguments, grid=1, block=4)
     report.raise_findings()
     assert np.array_equal(x, y)
     assert report.buffers["x"].bytes_read == report.buffers["y"].bytes_written == x.nbytes

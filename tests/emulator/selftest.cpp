@@ -226,12 +226,12 @@ __global__ void write_twice(float* y, int stride) {
 
 // Everybody reads one value, then one thread replaces it: in shared memory with no barrier between,
 // in global memory with one that the other block's threads do not share.
-__global__ void replace_shared(float* y) {
+__global__ void replace_shared(float* y, int writer) {
   SHARED_ARRAY(float, value, [1]);
   if (threadIdx.x == 0) value[0] = 1.0f;
   __syncthreads();
   y[threadIdx.x] = value[0];
-  if (threadIdx.x == 0) value[0] = 2.0f;
+  if (static_cast<int>(threadIdx.x) == writer) value[0] = 2.0f;
 }
 __global__ void replace_global(float* x, float* y) {
   y[blockIdx.x * blockDim.x + threadIdx.x] = x[0];
@@ -279,11 +279,10 @@ __global__ void wrong_space(const float4* x, float* y) {
   y[threadIdx.x] = values[threadIdx.x].x;
 }
 
-// A copy so large that the compiler calls memcpy.
-struct Large {
-  float values[128];
-};
-__global__ void copy_large(const Large* x, Large* y) { y[threadIdx.x] = x[threadIdx.x]; }
+// A block copy of a size that the compiler does not know.
+__global__ void copy_block(const float* x, float* y, int count) {
+  memcpy(y + threadIdx.x * count, x + threadIdx.x * count, count * sizeof(float));
+}
 
 // y[block] = how many blocks ran before.
 __global__ void tickets(int* counter, int* y) { y[blockIdx.x] = atomicAdd(counter, 1); }
@@ -414,7 +413,7 @@ EMULATOR_KERNEL("copy_or_zero/16", copy_or_zero<16>);
 EMULATOR_KERNEL("read_before_wait", read_before_wait);
 EMULATOR_KERNEL("free_of_conflicts", free_of_conflicts);
 EMULATOR_KERNEL("wrong_space", wrong_space);
-EMULATOR_KERNEL("copy_large", copy_large);
+EMULATOR_KERNEL("copy_block", copy_block);
 EMULATOR_KERNEL("tickets", tickets);
 EMULATOR_KERNEL("add_neighbour", add_neighbour);
 EMULATOR_KERNEL("write_const", write_const);
