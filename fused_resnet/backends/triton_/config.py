@@ -126,7 +126,7 @@ _TCGEN16_CONV = (
     Tile(128, 128, 64, 8, 4, parts=2, share=0.66),
     Tile(64, 128, 64, 4, 4, parts=2, share=0.44, resident=2),
     Tile(128, 64, 64, 4, 4, share=0.44, resident=2),
-    Tile(128, 32, 32, 4, 4, share=0.33, resident=3),
+    Tile(128, 32, 32, 4, 4, share=0.22, resident=3),
 )
 # tf32: the same bytes, half the elements.
 _MMA32 = (
@@ -147,7 +147,7 @@ _TCGEN32_CONV = (
     Tile(128, 128, 32, 8, 4, parts=2, share=0.66),
     Tile(64, 128, 32, 4, 4, parts=2, share=0.44, resident=2),
     Tile(128, 64, 32, 4, 4, share=0.44, resident=2),
-    Tile(128, 32, 32, 4, 4, share=0.33, resident=2),
+    Tile(128, 32, 32, 4, 4, share=0.22, resident=2),
 )
 # Full-precision fp32 runs on the ordinary multiply-add units.
 _IEEE = (
@@ -272,8 +272,10 @@ def _tiles(space: tuple[Tile, ...], k: int) -> tuple[Tile, ...]:
     """Tiles for k output channels: none much wider, none that wastes tensor cores without need."""
     narrowest = min(tile.block_n for tile in space)
     fitting = tuple(t for t in space if t.block_n <= max(narrowest, _power_of_two(k)))
-    fast = tuple(t for t in fitting if t.share >= MIN_SHARE)
-    return fast if k >= 128 and fast else fitting
+    if k < 128:
+        return fitting
+    least = min(MIN_SHARE, max(tile.share for tile in fitting))
+    return tuple(tile for tile in fitting if tile.share >= least)
 
 
 def heuristic(problem: ConvProblem, arch: Arch, precision: str) -> Config:
