@@ -435,6 +435,33 @@ py::object state_of(const py::tuple& tensors) {
   return py::bytes(reinterpret_cast<const char*>(state.data()), state.size() * sizeof(int64_t));
 }
 
+// Shape, strides, dtype, device and layout of `tensors` (a tuple of tensors and None) as the bytes
+// of one key.
+py::bytes layout_of(const py::tuple& tensors) {
+  std::vector<int64_t> layout;
+  layout.reserve(11 * tensors.size());
+  for (const py::handle& item : tensors) {
+    if (item.is_none()) {
+      layout.push_back(-1);
+      continue;
+    }
+    TORCH_CHECK_TYPE(THPVariable_Check(item.ptr()), "layout_of: expected tensors and None");
+    const at::Tensor& tensor = THPVariable_Unpack(item.ptr());
+    const c10::Device device = tensor.device();
+    layout.push_back(tensor.dim());
+    layout.push_back((static_cast<int64_t>(tensor.scalar_type()) << 32) |
+                     (static_cast<int64_t>(device.type()) << 24) |
+                     (static_cast<int64_t>(tensor.layout()) << 16) | (device.index() & 0xffff));
+    const auto sizes = tensor.sizes();
+    layout.insert(layout.end(), sizes.begin(), sizes.end());
+    if (tensor.layout() == at::kStrided) {
+      const auto strides = tensor.strides();
+      layout.insert(layout.end(), strides.begin(), strides.end());
+    }
+  }
+  return py::bytes(reinterpret_cast<const char*>(layout.data()), layout.size() * sizeof(int64_t));
+}
+
 std::vector<std::string> isa_available() {
   std::vector<std::string> names;
   for (cpu::Isa isa : cpu::available_isas()) names.emplace_back(cpu::isa_name(isa));
@@ -487,6 +514,8 @@ PYBIND11_MODULE(_C, m) {
         "epilogue(y * scale + shift, residual) of a channels_last CPU tensor, in place.");
   m.def("state_of", &state_of, py::arg("tensors"),
         "A key that changes when one of the tensors does; None if one keeps no version.");
+  m.def("layout_of", &layout_of, py::arg("tensors"),
+        "Shape, strides, dtype, device and layout of all tensors as one key.");
   m.def(
       "isa", [] { return cpu::isa_name(cpu::current_isa()); },
       "The instruction-set level in use: generic, avx2 or avx512.");

@@ -117,3 +117,6 @@ def state_of(tensors: tuple[Tensor | None, ...]) -> bytes | None:
 
     None if one of them was made in inference mode, where tensors keep no version.
     """
+
+def layout_of(tensors: tuple[Tensor | None, ...]) -> bytes:
+    """Shape, strides, dtype, device and layout of all ``tensors`` as one key."""

@@ -14,14 +14,14 @@ of the kernel is remembered with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fused_resnet import backends
+from fused_resnet import _build, backends
 from fused_resnet.freshness import Snapshot, keep, persistent
 from fused_resnet.problem import (
     DTYPES,
@@ -225,12 +225,19 @@ def _channels_last(y: Tensor) -> Tensor:
     return y.as_strided_(y.shape, strides)
 
 
-def _key(t: Tensor) -> tuple[Any, ...]:
-    return t.shape, t.dtype, t.device, t.layout
+def _layout_in_python(tensors: tuple[Tensor | None, ...]) -> Hashable:
+    return tuple(
+        None
+        if t is None
+        else (t.shape, t.dtype, t.device, t.layout, t.layout == torch.strided and t.stride())
+        for t in tensors
+    )
 
 
-def _strides(t: Tensor) -> tuple[int, ...] | None:
-    return t.stride() if t.layout == torch.strided else None
+#: Shape, strides, dtype, device and layout of tensors, as one key.
+_layout_of: Callable[[tuple[Tensor | None, ...]], Hashable] = (
+    _layout_in_python if _build.extension is None else _build.extension.layout_of
+)
 
 
 def _conv(
@@ -247,12 +254,7 @@ def _conv(
     pool: MaxPool | None,
 ) -> Tensor:
     key = (
-        _key(x),
-        _strides(x),
-        _key(weight),
-        _key(scale),
-        _key(shift),
-        residual if residual is None else _key(residual),
+        _layout_of((x, weight, scale, shift, residual)),
         tuple(stride),
         tuple(padding),
         tuple(dilation),
@@ -334,10 +336,7 @@ def _conv_affine_relu_maxpool(
 
 def _add_choice(a: Tensor, b: Tensor, inplace: bool) -> backends.Choice:
     key = (
-        _key(a),
-        _strides(a),
-        _key(b),
-        _strides(b),
+        _layout_of((a, b)),
         inplace,
         backends.forced(),
         backends.generation(),
