@@ -152,6 +152,8 @@ def certificates(extension: Path) -> dict[str, Certificate]:
             matches = [
                 certificate
                 for image in images
+                # A look at the names first: to read an image takes seconds.
+                if config.pattern.search(image.decode("latin-1"))
                 for name, certificate in _certified(image, config.threads, config.shared).items()
                 if config.pattern.search(name)
             ]

@@ -26,7 +26,7 @@ MAX_THREADS = 1024
 MAX_SHARED_BYTES = 227 << 10
 MAX_GRID = (2**31 - 1, 65535, 65535)
 
-_NUMBERS = {
+_NUMBERS: dict[tuple[str, int], Any] = {
     ("i", 1): ctypes.c_int8,
     ("i", 2): ctypes.c_int16,
     ("i", 4): ctypes.c_int32,

@@ -192,10 +192,12 @@ def parse_report(kernel: str, library: Path, raw: dict[str, Any]) -> Report:
     )
     buffers = {
         b["name"]: BufferTraffic(
-            *b["bytes"],
-            *b["unique_bytes"],
-            dict(zip(WIDTHS, b["reads_by_width"], strict=True)),
-            dict(zip(WIDTHS, b["writes_by_width"], strict=True)),
+            bytes_read=b["bytes"][0],
+            bytes_written=b["bytes"][1],
+            unique_bytes_read=b["unique_bytes"][0],
+            unique_bytes_written=b["unique_bytes"][1],
+            reads=dict(zip(WIDTHS, b["reads_by_width"], strict=True)),
+            writes=dict(zip(WIDTHS, b["writes_by_width"], strict=True)),
         )
         for b in raw.get("buffers", [])
     }
