@@ -52,10 +52,12 @@ quick: lint $(DONE)/extension
 test-slow: $(DONE)/dev $(DONE)/extension
 	$(PYTEST) -m 'slow and not gpu' $(ARGS)
 
-# Tens of minutes at first; compiled kernels stay in .cache. ARGS='--arch 90 --batch 32' does a part.
+# Tens of minutes at first; compiled kernels stay in .cache. ARGS='--arch 90 --batch 32' does a part
+# of Triton's.
 certify: $(DONE)/dev
 	TRITON_CACHE_DIR=$(abspath .cache/triton) $(BIN)/python benchmarks/certify_triton.py \
 	  --jobs $(JOBS) $(ARGS)
+	$(BIN)/python -m benchmarks.certify_cuda
 
 lint: $(DONE)/dev
 	$(BIN)/ruff check .
