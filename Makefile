@@ -28,13 +28,14 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 # One thread each, since JOBS processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: help bench test quick test-slow lint format clean distclean FORCE
+.PHONY: help bench test quick test-slow certify lint format clean distclean FORCE
 
 help:
 	@echo 'make bench      compare fused networks with stock torch on real photos'
 	@echo 'make test       check formatting, lint and types, and run the tests'
 	@echo 'make quick      the same with the quickest tests only, in less than two minutes'
 	@echo 'make test-slow  the tests that take long'
+	@echo 'make certify    compile the GPU kernels for every GPU and judge the machine code (no GPU)'
 	@echo 'make format     format the Python and C++ sources'
 	@echo 'make clean      remove what was built and cached (make distclean: .venv too)'
 	@echo 'Each first sets up what it needs. VENV=, PYTHON=, ARGS=: see the top of the Makefile.'
@@ -50,6 +51,13 @@ quick: lint $(DONE)/extension
 
 test-slow: $(DONE)/dev $(DONE)/extension
 	$(PYTEST) -m 'slow and not gpu' $(ARGS)
+
+# Tens of minutes at first; compiled kernels stay in .cache. ARGS='--arch 90 --batch 32' does a part
+# of Triton's.
+certify: $(DONE)/dev
+	TRITON_CACHE_DIR=$(abspath .cache/triton) $(BIN)/python benchmarks/certify_triton.py \
+	  --jobs $(JOBS) $(ARGS)
+	$(BIN)/python -m benchmarks.certify_cuda
 
 lint: $(DONE)/dev
 	$(BIN)/ruff check .

@@ -167,7 +167,7 @@ def extension() -> tuple[Extension, type[Command]]:
         "name": "fused_resnet._C",
         "sources": ["csrc/ops.cpp", *(k for k in kernels if x86 or isa_of(k) is None)],
         "include_dirs": [str(CSRC)],
-        "depends": sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.h")),
+        "depends": sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.*h")),
         # A change of torch changes every command line, and so compiles every file anew.
         "define_macros": [("FUSED_RESNET_TORCH_VERSION", f'"{torch.__version__}"')],
         "extra_compile_args": {"cxx": [*CXX_FLAGS, *openmp], "nvcc": NVCC_FLAGS},

@@ -18,6 +18,14 @@
 #include "cpu/affine_act.h"
 #include "cpu/isa.h"
 
+#if defined(FUSED_RESNET_CUDA_VERSION)
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "cuda/launch.h"
+#endif
+
 namespace py = pybind11;
 
 namespace fused_resnet {
@@ -80,6 +88,263 @@ at::Tensor add_relu(const at::Tensor& a, const at::Tensor& b, bool inplace) {
   if (inplace) a.unsafeGetTensorImpl()->bump_version();  // autograd must see the edit
   return out;
 }
+
+#if defined(FUSED_RESNET_CUDA_VERSION)
+
+// ---- CUDA: check, device guard, allocate, empty return, launch ---------------------------------
+
+using Pair = std::array<int64_t, 2>;
+
+int32_t index32(int64_t value, const char* what) {
+  TORCH_CHECK_VALUE(value >= 0 && value <= INT32_MAX, what, " = ", value, " exceeds 32 bits");
+  return static_cast<int32_t>(value);
+}
+
+cuda::Arithmetic arithmetic_of(int64_t index, const at::Tensor& tensor, const char* op) {
+  constexpr at::ScalarType kTypes[] = {at::kHalf, at::kBFloat16, at::kFloat, at::kFloat};
+  TORCH_CHECK_VALUE(index >= 0 && index < 4, op, ": no arithmetic ", index);
+  TORCH_CHECK_TYPE(tensor.scalar_type() == kTypes[index], op, ": expected ", kTypes[index],
+                   ", found ", tensor.scalar_type());
+  return static_cast<cuda::Arithmetic>(index);
+}
+
+void check_on_device(const at::Tensor& tensor, const at::Tensor& x, const char* op,
+                     const char* name) {
+  TORCH_CHECK_VALUE(x.is_cuda() && tensor.device() == x.device(), op, ": expected ", name,
+                    " on the CUDA device of x, found ", tensor.device(), " and ", x.device());
+}
+
+// scale and shift: fp32 [K] beside x.
+void check_affine(const at::Tensor& tensor, const at::Tensor& x, int64_t k, const char* op,
+                  const char* name) {
+  check_on_device(tensor, x, op, name);
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, op, ": expected a float32 ", name,
+                   ", found ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == k && tensor.is_contiguous(), op,
+                    ": expected a contiguous ", name, " [", k, "], found ", tensor.sizes());
+}
+
+int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+ConvProblem conv_problem(const at::Tensor& x, int64_t k, Pair kernel, Pair stride, Pair padding,
+                         Pair dilation, int64_t groups, int64_t epilogue) {
+  const auto out = [&](int d) {
+    return out_size(x.size(2 + d), kernel[d], stride[d], padding[d], dilation[d]);
+  };
+  const auto field = [](int64_t value) { return index32(value, "a size of the convolution"); };
+  return {field(x.size(0)),
+          field(x.size(1)),
+          field(x.size(2)),
+          field(x.size(3)),
+          field(k),
+          field(kernel[0]),
+          field(kernel[1]),
+          field(out(0)),
+          field(out(1)),
+          field(stride[0]),
+          field(stride[1]),
+          field(padding[0]),
+          field(padding[1]),
+          field(dilation[0]),
+          field(dilation[1]),
+          field(groups),
+          static_cast<Epilogue>(epilogue)};
+}
+
+at::Tensor cuda_conv_implicit_gemm(const at::Tensor& x, const at::Tensor& weight,
+                                   const at::Tensor& scale, const at::Tensor& shift,
+                                   const std::optional<at::Tensor>& residual,
+                                   const std::optional<at::Tensor>& gather, Pair kernel,
+                                   Pair stride, Pair padding, Pair dilation, int64_t groups,
+                                   int64_t epilogue, int64_t arithmetic, int64_t tile,
+                                   int64_t splits) {
+  constexpr const char* kOp = "cuda_conv_implicit_gemm";
+  constexpr auto kNhwc = at::MemoryFormat::ChannelsLast;
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.is_contiguous(kNhwc), kOp,
+                    ": expected x [N, C, H, W] dense in channels_last order");
+  const cuda::Arithmetic math = arithmetic_of(arithmetic, x, kOp);
+  check_on_device(weight, x, kOp, "weight");
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), kOp, ": expected weight of ",
+                   x.scalar_type(), ", found ", weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.is_contiguous(), kOp,
+                    ": expected a packed weight [K, reduction]");
+  const int64_t k = weight.size(0);
+  check_affine(scale, x, k, kOp, "scale");
+  check_affine(shift, x, k, kOp, "shift");
+  TORCH_CHECK_VALUE(groups > 0 && x.size(1) % groups == 0 && k % groups == 0, kOp, ": ", groups,
+                    " groups do not divide ", x.size(1), " and ", k, " channels");
+  TORCH_CHECK_VALUE(epilogue >= 0 && epilogue <= 4, kOp, ": no epilogue ", epilogue);
+  TORCH_CHECK_VALUE(tile >= 0 && tile <= 3 && splits >= 1 && splits <= 65535, kOp, ": no tile ",
+                    tile, " with ", splits, " splits");
+
+  ConvArgs args = {};
+  args.problem = conv_problem(x, k, kernel, stride, padding, dilation, groups, epilogue);
+  args.splits = static_cast<int32_t>(splits);
+  const int64_t reduction = x.size(1) / groups * kernel[0] * kernel[1];
+  const int64_t vector = 16 / x.element_size();
+  if (gather.has_value()) {
+    constexpr int64_t kSliceBytes = 128;
+    const int64_t slice = kSliceBytes / x.element_size();
+    check_on_device(*gather, x, kOp, "gather");
+    TORCH_CHECK_VALUE(gather->scalar_type() == at::kInt && gather->is_contiguous() &&
+                          gather->numel() == 4 * ((reduction + slice - 1) / slice * slice),
+                      kOp, ": the gathering table does not fit the reduction");
+    args.gather = static_cast<const GatherEntry*>(gather->const_data_ptr());
+    args.reduction = index32(weight.size(1), "the reduction");
+    TORCH_CHECK_VALUE(weight.size(1) == (reduction + vector - 1) / vector * vector, kOp,
+                      ": the packed weight does not fit the reduction");
+  } else {
+    TORCH_CHECK_VALUE(weight.size(1) == reduction, kOp, ": expected a packed weight [", k, ", ",
+                      reduction, "], found ", weight.sizes());
+    TORCH_CHECK_VALUE(x.size(1) / groups % vector == 0 && kernel[0] < 32 && kernel[1] < 32 &&
+                          reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
+                      kOp,
+                      ": x cannot be read 16 bytes at a time, and there is no gathering table");
+  }
+
+  const c10::cuda::CUDAGuard guard(x.device());
+  const ConvProblem& p = args.problem;
+  TORCH_CHECK_VALUE(p.out_h >= 0 && p.out_w >= 0, kOp, ": the kernel is larger than the image");
+  const at::Tensor y = at::empty({p.n, p.k, p.out_h, p.out_w}, x.options(), kNhwc);
+  if (residual.has_value()) {
+    check_on_device(*residual, x, kOp, "residual");
+    TORCH_CHECK_VALUE(residual->sizes() == y.sizes() && residual->is_contiguous(kNhwc) &&
+                          residual->scalar_type() == x.scalar_type(),
+                      kOp, ": expected a residual like y, ", y.sizes(), " in channels_last order");
+    args.residual = residual->const_data_ptr();
+  }
+  TORCH_CHECK_VALUE(residual.has_value() == (epilogue >= 2), kOp, ": epilogue ", epilogue,
+                    residual.has_value() ? " reads no residual" : " reads a residual");
+  if (y.numel() == 0) return y;
+
+  at::Tensor partial;
+  if (splits > 1) {
+    partial = at::empty({splits, y.numel()}, x.options().dtype(at::kFloat));
+    args.partial = static_cast<float*>(partial.mutable_data_ptr());
+  }
+  args.x = x.const_data_ptr();
+  args.weight = weight.const_data_ptr();
+  args.scale = static_cast<const float*>(scale.const_data_ptr());
+  args.shift = static_cast<const float*>(shift.const_data_ptr());
+  args.y = y.mutable_data_ptr();
+  cuda::conv_implicit_gemm(args, math, static_cast<ConvTileName>(tile),
+                           c10::cuda::getCurrentCUDAStream().stream());
+  return y;
+}
+
+at::Tensor cuda_stem(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
+                     const at::Tensor& shift, Pair padding, int64_t arithmetic,
+                     const std::vector<double>& input_scale,
+                     const std::vector<double>& input_shift) {
+  constexpr const char* kOp = "cuda_stem";
+  const cuda::Arithmetic math = arithmetic_of(arithmetic, weight, kOp);
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) <= kStemChannels, kOp,
+                    ": expected x [N, C, H, W] of at most 4 channels, found ", x.sizes());
+  TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type() || x.scalar_type() == at::kByte, kOp,
+                   ": expected x of ", weight.scalar_type(), " or uint8, found ", x.scalar_type());
+  check_on_device(weight, x, kOp, "weight");
+  TORCH_CHECK_VALUE(weight.numel() == weight.size(0) * kStemWeight && weight.is_contiguous(), kOp,
+                    ": expected a packed weight [K, 7, 8, 4], found ", weight.sizes());
+  const int64_t k = weight.size(0), c = x.size(1);
+  check_affine(scale, x, k, kOp, "scale");
+  check_affine(shift, x, k, kOp, "shift");
+  TORCH_CHECK_VALUE(int64_t(input_scale.size()) == c && int64_t(input_shift.size()) == c, kOp,
+                    ": expected one mean and std for each of ", c, " channels");
+
+  StemArgs args = {};
+  args.problem = conv_problem(x, k, {kStemTaps, kStemTaps}, {kStemStride, kStemStride}, padding,
+                              {1, 1}, 1, static_cast<int64_t>(Epilogue::kRelu));
+  ConvProblem& p = args.problem;
+  TORCH_CHECK_VALUE(p.out_h > 0 && p.out_w > 0, kOp, ": the kernel is larger than the image");
+  args.pool_h = static_cast<int32_t>(out_size(p.out_h, 3, 2, 1, 1));
+  args.pool_w = static_cast<int32_t>(out_size(p.out_w, 3, 2, 1, 1));
+  for (int64_t i = 0; i < c; ++i) {
+    args.input_scale[i] = static_cast<float>(input_scale[i]);
+    args.input_shift[i] = static_cast<float>(input_shift[i]);
+  }
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor y = at::empty({p.n, p.k, args.pool_h, args.pool_w}, weight.options(),
+                                 at::MemoryFormat::ChannelsLast);
+  if (y.numel() == 0) return y;
+  args.x = x.const_data_ptr();
+  args.stride_n = x.stride(0);
+  args.stride_c = x.stride(1);
+  args.stride_h = x.stride(2);
+  args.stride_w = x.stride(3);
+  args.weight = weight.const_data_ptr();
+  args.scale = static_cast<const float*>(scale.const_data_ptr());
+  args.shift = static_cast<const float*>(shift.const_data_ptr());
+  args.y = y.mutable_data_ptr();
+  cuda::conv_affine_relu_maxpool(args, math, x.scalar_type() == at::kByte,
+                                 c10::cuda::getCurrentCUDAStream().stream());
+  return y;
+}
+
+cuda::DType cuda_dtype(const at::Tensor& tensor, const char* op) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return cuda::DType::kFloat32;
+    case at::kHalf:
+      return cuda::DType::kFloat16;
+    case at::kBFloat16:
+      return cuda::DType::kBFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": expected float32, float16 or bfloat16, found ",
+                       tensor.scalar_type());
+  }
+}
+
+at::Tensor cuda_add_relu(const at::Tensor& a, const at::Tensor& b, bool inplace) {
+  constexpr const char* kOp = "cuda_add_relu";
+  check_on_device(b, a, kOp, "b");
+  const cuda::DType dtype = cuda_dtype(a, kOp);
+  TORCH_CHECK_TYPE(a.scalar_type() == b.scalar_type(), kOp, ": expected a and b of one dtype");
+  TORCH_CHECK_VALUE(
+      a.sizes() == b.sizes() && a.is_non_overlapping_and_dense() && same_strides(a, b), kOp,
+      ": expected dense a and b of one shape with the same strides");
+  const c10::cuda::CUDAGuard guard(a.device());
+  if (inplace) at::assert_no_partial_overlap(a, b);
+  const at::Tensor y = inplace ? a : at::empty_like(a);
+  if (y.numel() != 0) {
+    void* const out = y.mutable_data_ptr();
+    cuda::add_relu(a.const_data_ptr(), b.const_data_ptr(), out, a.numel(), dtype,
+                   c10::cuda::getCurrentCUDAStream().stream());
+  }
+  if (inplace) a.unsafeGetTensorImpl()->bump_version();  // autograd must see the edit
+  return y;
+}
+
+at::Tensor cuda_global_average_pool(const at::Tensor& x) {
+  constexpr const char* kOp = "cuda_global_average_pool";
+  TORCH_CHECK_VALUE(x.is_cuda() && x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast),
+                    kOp,
+                    ": expected x [N, C, H, W] on a CUDA device, dense in channels_last order");
+  TORCH_CHECK_VALUE(x.size(2) * x.size(3) > 0, kOp, ": the image is empty");
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor y = at::empty({x.size(0), x.size(1)}, x.options());
+  if (y.numel() == 0) return y;
+  cuda::global_average_pool(x.const_data_ptr(), y.mutable_data_ptr(), index32(x.size(0), "N"),
+                            index32(x.size(2) * x.size(3), "H W"), index32(x.size(1), "C"),
+                            cuda_dtype(x, kOp), c10::cuda::getCurrentCUDAStream().stream());
+  return y;
+}
+
+at::Tensor cuda_to_channels_last(const at::Tensor& x) {
+  constexpr const char* kOp = "cuda_to_channels_last";
+  TORCH_CHECK_VALUE(x.is_cuda() && x.dim() == 4 && x.is_contiguous(), kOp,
+                    ": expected a contiguous x [N, C, H, W] on a CUDA device");
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor y = at::empty(x.sizes(), x.options(), at::MemoryFormat::ChannelsLast);
+  if (y.numel() == 0) return y;
+  cuda::transpose(x.const_data_ptr(), y.mutable_data_ptr(), index32(x.size(0), "N"), x.size(1),
+                  x.size(2) * x.size(3), cuda_dtype(x, kOp),
+                  c10::cuda::getCurrentCUDAStream().stream());
+  return y;
+}
+
+#endif  // FUSED_RESNET_CUDA_VERSION
 
 Epilogue parse_epilogue(const std::string& name) {
   if (name == "none") return Epilogue::kNone;
@@ -170,6 +435,33 @@ py::object state_of(const py::tuple& tensors) {
   return py::bytes(reinterpret_cast<const char*>(state.data()), state.size() * sizeof(int64_t));
 }
 
+// Shape, strides, dtype, device and layout of `tensors` (a tuple of tensors and None) as the bytes
+// of one key.
+py::bytes layout_of(const py::tuple& tensors) {
+  std::vector<int64_t> layout;
+  layout.reserve(11 * tensors.size());
+  for (const py::handle& item : tensors) {
+    if (item.is_none()) {
+      layout.push_back(-1);
+      continue;
+    }
+    TORCH_CHECK_TYPE(THPVariable_Check(item.ptr()), "layout_of: expected tensors and None");
+    const at::Tensor& tensor = THPVariable_Unpack(item.ptr());
+    const c10::Device device = tensor.device();
+    layout.push_back(tensor.dim());
+    layout.push_back((static_cast<int64_t>(tensor.scalar_type()) << 32) |
+                     (static_cast<int64_t>(device.type()) << 24) |
+                     (static_cast<int64_t>(tensor.layout()) << 16) | (device.index() & 0xffff));
+    const auto sizes = tensor.sizes();
+    layout.insert(layout.end(), sizes.begin(), sizes.end());
+    if (tensor.layout() == at::kStrided) {
+      const auto strides = tensor.strides();
+      layout.insert(layout.end(), strides.begin(), strides.end());
+    }
+  }
+  return py::bytes(reinterpret_cast<const char*>(layout.data()), layout.size() * sizeof(int64_t));
+}
+
 std::vector<std::string> isa_available() {
   std::vector<std::string> names;
   for (cpu::Isa isa : cpu::available_isas()) names.emplace_back(cpu::isa_name(isa));
@@ -222,11 +514,20 @@ PYBIND11_MODULE(_C, m) {
         "epilogue(y * scale + shift, residual) of a channels_last CPU tensor, in place.");
   m.def("state_of", &state_of, py::arg("tensors"),
         "A key that changes when one of the tensors does; None if one keeps no version.");
+  m.def("layout_of", &layout_of, py::arg("tensors"),
+        "Shape, strides, dtype, device and layout of all tensors as one key.");
   m.def(
       "isa", [] { return cpu::isa_name(cpu::current_isa()); },
       "The instruction-set level in use: generic, avx2 or avx512.");
   m.def("set_isa", &cpu::set_isa, py::arg("isa"), "Use another of isa_available().");
   m.def("isa_available", &isa_available, "The levels that this CPU can run, lowest first.");
   m.def("cpu_features", &cpu_features, "Extensions of the CPU beyond its level.");
+#if defined(FUSED_RESNET_CUDA_VERSION)
+  m.def("cuda_conv_implicit_gemm", torch::wrap_pybind_function_no_gil(cuda_conv_implicit_gemm));
+  m.def("cuda_stem", torch::wrap_pybind_function_no_gil(cuda_stem));
+  m.def("cuda_add_relu", torch::wrap_pybind_function_no_gil(cuda_add_relu));
+  m.def("cuda_global_average_pool", torch::wrap_pybind_function_no_gil(cuda_global_average_pool));
+  m.def("cuda_to_channels_last", torch::wrap_pybind_function_no_gil(cuda_to_channels_last));
+#endif
   m.def("build_info", &build_info, "What the extension was built with, and against.");
 }

@@ -52,6 +52,59 @@ def isa_available() -> list[str]:
 def cpu_features() -> dict[str, bool]:
     """Whether the CPU has ``avx512_bf16`` and ``amx_bf16``, which lie beyond the level."""
 
+def cuda_conv_implicit_gemm(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    gather: Tensor | None,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    epilogue: int,
+    arithmetic: int,
+    tile: int,
+    splits: int,
+) -> Tensor:
+    """``conv_affine_act`` on the GPU; only where the extension was built with CUDA, as all below.
+
+    x [N, C, H, W] and residual are dense in channels_last order; weight and gather come from
+    ``fused_resnet.backends.cuda.pack``; epilogue, arithmetic and tile are positions in
+    ``EPILOGUES``, ``ARITHMETICS`` and ``TILES``.
+
+    Raises:
+        ValueError: shapes, devices, layouts or addresses do not fit.
+        TypeError: dtypes do not fit.
+        RuntimeError: CUDA refused the launch.
+    """
+
+def cuda_stem(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    padding: tuple[int, int],
+    arithmetic: int,
+    input_scale: list[float],
+    input_shift: list[float],
+) -> Tensor:
+    """``conv_affine_relu_maxpool`` of x [N, C <= 4, H, W], any strides, floating point or uint8.
+
+    Bytes become ``x * input_scale[c] + input_shift[c]``. Raises as ``cuda_conv_implicit_gemm``.
+    """
+
+def cuda_add_relu(a: Tensor, b: Tensor, inplace: bool) -> Tensor:
+    """``add_relu`` on the GPU, in float32, float16 and bfloat16."""
+
+def cuda_global_average_pool(x: Tensor) -> Tensor:
+    """Means [N, C] of x [N, C, H, W], dense in channels_last order, on the GPU."""
+
+def cuda_to_channels_last(x: Tensor) -> Tensor:
+    """A contiguous x [N, C, H, W] on the GPU, laid out anew in channels_last order."""
+
 def build_info() -> dict[str, object]:
     """What the extension was built with.
 
@@ -64,3 +117,6 @@ def state_of(tensors: tuple[Tensor | None, ...]) -> bytes | None:
 
     None if one of them was made in inference mode, where tensors keep no version.
     """
+
+def layout_of(tensors: tuple[Tensor | None, ...]) -> bytes:
+    """Shape, strides, dtype, device and layout of all ``tensors`` as one key."""

@@ -2,6 +2,7 @@
 
 from fused_resnet import functional
 from fused_resnet.backends import FusedResNetWarning, backend
+from fused_resnet.check import CheckReport, check
 from fused_resnet.explain import Explanation, explain
 from fused_resnet.fold import refresh
 from fused_resnet.fuse import fuse, unfuse
@@ -27,6 +28,7 @@ from fused_resnet.version import __version__
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "CheckReport",
     "ConvBNAct",
     "Explanation",
     "FusedResNetWarning",
@@ -34,6 +36,7 @@ __all__ = [
     "Stem",
     "__version__",
     "backend",
+    "check",
     "cifar_resnet",
     "explain",
     "functional",

@@ -100,10 +100,14 @@ CONTENDERS: dict[str, Contender] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared: one network at one batch size and dtype."""
+    """What is compared: one network at one batch size and dtype.
+
+    ``weights`` and ``photos`` say in words what they are; ``backends`` are those that were forced.
+    """
 
     model: str
     weights: str
+    photos: str
     dtype: str
     batch: int
     size: int
@@ -463,6 +467,7 @@ class _Stage:
         return Case(
             self.network.name,
             self.network.weights,
+            f"{len(self.photos.names)} {self.photos.source}",
             dtype,
             batch,
             self.network.size,

@@ -69,10 +69,11 @@ def _times(ratio: Spread) -> str:
 
 def _network(model: str, results: list[Result]) -> Iterator[RenderableType]:
     case = results[0].case
-    threads = "" if case.device.startswith("cuda") else f", {case.threads} threads"
+    threads = f", {case.threads} thread{'s' if case.threads > 1 else ''}"
+    threads = "" if case.device.startswith("cuda") else threads
     forced = f", backend {','.join(case.backends)}" if case.backends else ""
     yield (
-        f"[bold]{model}[/] ({case.weights}), {case.size}x{case.size}, "
+        f"[bold]{model}[/] ({case.weights}), {case.photos} at {case.size}x{case.size}, "
         f"{case.device}{threads}{forced}"
     )
     rows = table()
@@ -86,6 +87,7 @@ def _network(model: str, results: list[Result]) -> Iterator[RenderableType]:
             label = ""
         rows.add_section()
     yield rows
+    yield ""
 
 
 def _cells(result: Result, key: str, m: Measured) -> list[str]:

@@ -25,6 +25,7 @@ from fused_resnet.bench import bench as run_bench
 from fused_resnet.check import check as run_check
 from fused_resnet.console import UserError, err, out
 from fused_resnet.doctor import examine
+from fused_resnet.explain import explain as run_explain
 from fused_resnet.machine import has_native_bf16
 from fused_resnet.version import __version__
 
@@ -221,8 +222,6 @@ def explain(
     json_file: JsonOption = None,
 ) -> None:
     """Name each convolution, batch norm, add and ReLU, what became of it, and why not where not."""
-    from fused_resnet.explain import explain as run_explain
-
     where = _device(device)
     names = _backends(backend)
     write = _writer(json_file)
@@ -232,9 +231,9 @@ def explain(
         b = _one("--batch", _batches(batch) or (1,))
         stock = zoo.converted(network, d, where, channels_last=True)
         example = torch.zeros(b, 3, network.size, network.size, dtype=d, device=where)
-        table = run_explain(stock, example)
-        out.print(table)
-        write({"model": model, **table.to_dict()})
+        table = run_explain(zoo.fused(model, stock), example)
+        out.print(str(table), markup=False, soft_wrap=True)
+        write({**table.to_dict(), "model": model})
 
 
 @app.command()

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
 from fused_resnet import fold
 from fused_resnet import ops as _ops
@@ -212,6 +213,25 @@ def add_relu(a: Tensor, b: Tensor, *, inplace: bool = False) -> Tensor:
     return a
 
 
+def _call(op: Any, *args: Any) -> Any:
+    """Call ``op``; where no gradient can be asked for, without a detour through autograd's Python.
+
+    With gradients off, an op's autograd key does nothing but call the op once more, from Python,
+    which costs as much as a small convolution. Forward-mode derivatives and the transforms of
+    torch.func are recorded even then, so they keep the detour.
+    """
+    if (
+        torch.is_grad_enabled()
+        or torch.is_inference_mode_enabled()
+        or torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def _has_hooks(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its class says: hooks, or a forward of its own."""
     return bool(
@@ -253,8 +273,8 @@ def _unpadded(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
     """The input and the symmetric zero padding that the op is to apply to it."""
     padding = conv.padding
     if conv.padding_mode == "zeros":
-        if not isinstance(padding, str):
-            return x, cast(tuple[int, int], padding)
+        if type(padding) is tuple:
+            return x, padding  # type: ignore[return-value]
         if padding == "valid":
             return x, (0, 0)
         (top, bottom), (left, right) = (
@@ -304,10 +324,11 @@ def conv_bn_act(
         >>> conv, bn, relu = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
         >>> y = conv_bn_act(torch.randn(1, 3, 32, 32), conv.eval(), bn.eval(), relu)
     """
-    if _is_proxy(x):
+    if type(x) is not Tensor and _is_proxy(x):
         return _traced(conv_bn_act, x, conv, bn, act, residual, act_before_add=act_before_add)
     relu = act is None or (type(act) is nn.ReLU and not _has_hooks(act))
-    if not _is_fused(conv, bn) or (act_before_add and not relu):
+    # nn.Conv2d takes an image without a batch dimension; the op does not.
+    if x.dim() != 4 or not _is_fused(conv, bn) or (act_before_add and not relu):
         y: Tensor = conv(x)
         if bn is not None:
             y = bn(y)
@@ -324,9 +345,10 @@ def conv_bn_act(
     else:
         epilogue = "relu_add_relu" if act_before_add else "add_relu"
     scale, shift = fold.affine_of(conv, bn)
-    y = _conv_op(
+    y = _call(
+        _conv_op,
         x,
-        conv.weight,
+        fold.weight_of(conv),
         scale,
         shift,
         residual,
@@ -364,7 +386,8 @@ def conv_bn_act_maxpool(
     if _is_proxy(x):
         return _traced(conv_bn_act_maxpool, x, conv, bn, act, pool)
     if (
-        type(act) is not nn.ReLU
+        x.dim() != 4
+        or type(act) is not nn.ReLU
         or _has_hooks(act)
         or why_not_poolable(pool) is not None
         or not _is_fused(conv, bn)
@@ -374,9 +397,10 @@ def conv_bn_act_maxpool(
     scale, shift = fold.affine_of(conv, bn)
     return cast(
         Tensor,
-        _stem_op(
+        _call(
+            _stem_op,
             x,
-            conv.weight,
+            fold.weight_of(conv),
             scale,
             shift,
             conv.stride,

@@ -14,13 +14,15 @@ of the kernel is remembered with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from fused_resnet import backends
+from fused_resnet import _build, backends
+from fused_resnet.freshness import Snapshot, keep, persistent
 from fused_resnet.problem import (
     DTYPES,
     EPILOGUES,
@@ -223,12 +225,19 @@ def _channels_last(y: Tensor) -> Tensor:
     return y.as_strided_(y.shape, strides)
 
 
-def _key(t: Tensor) -> tuple[Any, ...]:
-    return t.shape, t.dtype, t.device, t.layout
+def _layout_in_python(tensors: tuple[Tensor | None, ...]) -> Hashable:
+    return tuple(
+        None
+        if t is None
+        else (t.shape, t.dtype, t.device, t.layout, t.layout == torch.strided and t.stride())
+        for t in tensors
+    )
 
 
-def _strides(t: Tensor) -> tuple[int, ...] | None:
-    return t.stride() if t.layout == torch.strided else None
+#: Shape, strides, dtype, device and layout of tensors, as one key.
+_layout_of: Callable[[tuple[Tensor | None, ...]], Hashable] = (
+    _layout_in_python if _build.extension is None else _build.extension.layout_of
+)
 
 
 def _conv(
@@ -245,12 +254,7 @@ def _conv(
     pool: MaxPool | None,
 ) -> Tensor:
     key = (
-        _key(x),
-        _strides(x),
-        _key(weight),
-        _key(scale),
-        _key(shift),
-        residual if residual is None else _key(residual),
+        _layout_of((x, weight, scale, shift, residual)),
         tuple(stride),
         tuple(padding),
         tuple(dilation),
@@ -332,10 +336,7 @@ def _conv_affine_relu_maxpool(
 
 def _add_choice(a: Tensor, b: Tensor, inplace: bool) -> backends.Choice:
     key = (
-        _key(a),
-        _strides(a),
-        _key(b),
-        _strides(b),
+        _layout_of((a, b)),
         inplace,
         backends.forced(),
         backends.generation(),
@@ -536,26 +537,41 @@ def _autocast(op: Callable[..., Any], device: str, kept: tuple[int, ...]) -> Cal
     """The autocast rule of ``op``: cast every tensor but those at the positions ``kept``."""
     excluded = _autocast_keys(device)
 
-    def cast(t: Any, dtype: torch.dtype) -> Any:
-        castable = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if castable and t.device.type == device else t
-
     def rule(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
-        cast_args = [
-            (
-                a.float()
-                if isinstance(a, Tensor) and a.dtype in (torch.float16, torch.bfloat16)
-                else a
-            )
-            if i in kept
-            else cast(a, dtype)
+        cast = [
+            _autocast_cast(a, torch.float32 if i in kept else dtype, device)
             for i, a in enumerate(args)
         ]
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return op(*cast_args)
+            return op(*cast)
 
     return rule
+
+
+def _autocast_cast(value: Any, dtype: torch.dtype, device: str) -> Any:
+    """``value`` in ``dtype`` if it is a tensor that autocast casts: floating, but not float64."""
+    if (
+        not isinstance(value, Tensor)
+        or value.dtype == dtype
+        or value.dtype == torch.float64
+        or value.device.type != device
+        or not value.is_floating_point()
+    ):
+        return value
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not persistent(value):
+        return value.to(dtype)
+    # A weight: kept, so that kernels know it again and pack it once.
+    kept = _casts.get(value)
+    if kept is None or kept[1].dtype != dtype or not kept[0].holds((value,)):
+        with torch.inference_mode(False):
+            kept = Snapshot((value,)), keep(value.detach().to(dtype))
+        _casts[value] = kept
+    return kept[1]
+
+
+#: Weights in the dtype of autocast, as long as they live and are not changed.
+_casts: MutableMapping[Tensor, tuple[Snapshot, Tensor]] = WeakTensorKeyDictionary()
 
 
 def _autocast_add(op: Callable[..., Any], device: str) -> Callable[..., Any]:

@@ -30,6 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fused_resnet import checkpoints, functional
 from fused_resnet.console import UserError
+from fused_resnet.fuse import fuse
 from fused_resnet.images import Transform, standard_transform
 from fused_resnet.resnet import BUILDERS, cifar_resnet
 
@@ -100,13 +101,16 @@ def fused(name: str, stock: nn.Module) -> nn.Module:
         name: what ``stock`` was loaded by. The package's own builder is used where it has one,
             `fuse` for everything else.
         stock: as `load` made it, perhaps converted since.
+
+    Raises:
+        UserError: it cannot be fused; the message says why.
     """
     builder = _own_builder(name)
     if builder is None:
-        from fused_resnet.fuse import fuse
-
-        twin: nn.Module = fuse(stock)
-        return twin
+        try:
+            return fuse(stock)
+        except (TypeError, ValueError) as e:
+            raise UserError(f"{name} cannot be fused: {e}") from None
     state = stock.state_dict(keep_vars=True)
     classes = state["fc.weight"].shape[0]
     with torch.device("meta"):

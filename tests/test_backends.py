@@ -494,6 +494,16 @@ def test_persistent_weights_are_packed_once() -> None:
     assert k.count == 2
 
 
+def test_a_weight_at_the_address_of_another_that_is_gone() -> None:
+    k, args, memory = Counting(), persistent_args(), bytearray(12 * 8 * 9 * 4)
+    for value in (1.0, 2.0):
+        data = torch.frombuffer(memory, dtype=torch.float32).view(12, 8, 3, 3)
+        args.weight.data = data.fill_(value)
+        del data
+        assert torch.equal(k.packed(P, *args[1:4])[0], args.weight)
+    assert k.count == 2
+
+
 def test_what_was_packed_shares_no_memory_with_a_temporary() -> None:
     class Aliasing(Counting):
         def prepare(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> Any:

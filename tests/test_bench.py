@@ -89,7 +89,7 @@ def test_ctrl_c_keeps_the_complete_rounds():
 
 
 def _result(**seconds):
-    case = Case("net", "random weights", "float32", 4, 32, "cpu", 1)
+    case = Case("net", "random weights", "2 photos", "float32", 4, 32, "cpu", 1)
     return Result(case, {k: Measured(seconds=v, error=1e-7) for k, v in seconds.items()})
 
 
@@ -255,6 +255,17 @@ def test_a_probe_measures_in_a_process_of_its_own(task):
     assert found.first_call > 0
     # Input 64 x 3 x 32 x 32, and the first stage's activations of 64 x 16 x 32 x 32, in fp32.
     assert found.peak_memory is None or found.peak_memory > 64 * 16 * 32 * 32 * 4
+
+
+def test_the_peak_outlives_what_was_freed():
+    cpu, size = torch.device("cpu"), 200_000_000
+    before = probe._reset_peak(cpu)
+    if before is None:
+        pytest.skip("this system does not let a process reset its peak memory")
+    torch.ones(size, dtype=torch.uint8)
+    assert probe._peak(cpu)[0] - before > 0.9 * size
+    again = probe._reset_peak(cpu)
+    assert probe._peak(cpu)[0] - again < 0.1 * size
 
 
 def test_a_probe_that_fails_says_why(task, tmp_path, monkeypatch):

@@ -358,10 +358,10 @@ nested:
         /*0020*/                   HMMA.16816.F32 R4, R8, R10, R4 ;
         /*0030*/              @!P0 BRA `(.L_retry) ;
 .L_back:
-        /*0040*/               @P1 BRA `(.L_inner) ;
-        /*0050*/              @!P2 CALL.REL.NOINC `(.L_out) ;
-        /*0060*/                   BRA `(.L_outer) ;
-.L_out:
+        /*0040*/              @!P1 CALL.REL.NOINC `(.L_left) ;
+        /*0050*/                   BRA `(.L_inner) ;
+.L_left:
+        /*0060*/               @P2 BRA `(.L_outer) ;
         /*0070*/                   EXIT ;
 .L_retry:
         /*0080*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2 ;
@@ -373,12 +373,12 @@ nested:
 
 
 def test_loops_follow_control_flow_not_layout() -> None:
-    """The retry block lies behind EXIT, yet belongs to both loops; the exit block to neither."""
+    """The retry block lies behind EXIT, yet belongs to both loops; a CALL leaves the inner one."""
     sm, programs = parse(LOOPS)
     assert sm == 80
     retry, inner, outer = programs["nested"].loops
     assert retry.body == (8, 9)
-    assert inner.body == (2, 3, 4, 8, 9, 10)
+    assert inner.body == (2, 3, 4, 5, 8, 9, 10)
     assert outer.body == (1, 2, 3, 4, 5, 6, 8, 9, 10)
 
 

@@ -114,6 +114,15 @@ def test_bench_of_a_wrong_network_fails():
     assert "WRONG" in result.stdout
 
 
+def test_explain(tmp_path):
+    path = tmp_path / "e.json"
+    result = _run("explain", "cifar_resnet8", "--json", path)
+    assert result.exit_code == 0, result.output
+    assert "layer1.0.conv1" in result.stdout
+    assert "layer1.0.conv1" in path.read_text()
+    assert json.loads(path.read_text())["model"] == "cifar_resnet8"
+
+
 def test_doctor(tmp_path):
     path = tmp_path / "d.json"
     result = _run("doctor", "--json", path)

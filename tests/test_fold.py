@@ -305,11 +305,15 @@ def replaced_data(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
 
 
 def replaced_data_at_the_same_address(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
-    # The allocator gives freed memory out again, so another tensor may come to the old address.
-    for t in (conv.weight, conv.bias, bn.weight, bn.bias):
-        shape = t.shape
-        t.data = torch.empty(0)
-        t.data = torch.randn(shape)
+    # Memory that was given back may be given out again: another tensor, at a known address.
+    tensors = (conv.weight, conv.bias, bn.weight, bn.bias)
+    memory = [bytearray(t.numel() * 4) for t in tensors]
+    for _ in range(2):
+        for t, buffer in zip(tensors, memory, strict=True):
+            data = torch.frombuffer(buffer, dtype=torch.float32).view(t.shape)
+            t.data = data.copy_(torch.randn(t.shape))
+            del data
+        conv_bn_act(torch.randn(2, 4, 8, 8), conv, bn, RELU)
 
 
 def swapped_data(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:

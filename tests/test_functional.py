@@ -260,3 +260,13 @@ def test_compile_and_export_of_modules(dynamic: bool, padding: Any) -> None:
             block.bn.weight.mul_(-0.5)
             torch.testing.assert_close(compiled(x), block(x))
             torch.testing.assert_close(exported.module()(x), block(x))
+
+
+def test_images_without_a_batch_run_as_stock() -> None:
+    conv, relu = nn.Conv2d(3, 4, 3).eval(), nn.ReLU()
+    x = torch.randn(3, 9, 9)
+    with torch.no_grad():
+        assert torch.equal(functional.conv_bn_act(x, conv, None, relu), relu(conv(x)))
+        pool = nn.MaxPool2d(2)
+        y = functional.conv_bn_act_maxpool(x, conv, None, relu, pool)
+        assert torch.equal(y, pool(relu(conv(x))))

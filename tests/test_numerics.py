@@ -57,9 +57,11 @@ def test_overflow_is_excused_only_where_stock_overflows_too() -> None:
 def test_rule(dtype: torch.dtype) -> None:
     eps = torch.finfo(dtype).eps
     stock = Error(3 * eps, 5 * eps)
-    assert Error(7 * eps, 11 * eps).within(stock, dtype)
+    # The order of an fp32 sum moves single elements by some fp32 units, whatever the dtype.
+    worst = 11 * eps + 8 * torch.finfo(torch.float32).eps
+    assert Error(7 * eps, worst).within(stock, dtype)
     assert not Error(7.1 * eps, 0.0).within(stock, dtype)
-    assert not Error(0.0, 11.1 * eps).within(stock, dtype)
+    assert not Error(0.0, 1.01 * worst).within(stock, dtype)
     assert not Error(NAN, 0.0).within(stock, dtype)
     assert not Error(0.0, INF).within(stock, dtype)
 

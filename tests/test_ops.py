@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from fused_resnet import backends, functional
+from fused_resnet import backends, fold, functional, ops
 from fused_resnet.problem import EPILOGUES, ConvProblem, MaxPool
 from tests.helpers import (
     CPU,
@@ -927,3 +927,27 @@ def test_bad_add_relu(case: str, inplace: bool, grad: bool) -> None:
 def test_add_relu_of_integers() -> None:
     with pytest.raises(TypeError, match=r"a must be float32.*int64"):
         functional.add_relu(torch.ones(3).long(), torch.ones(3).long())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_autocast_packs_a_weight_once_and_notices_edits(mode) -> None:
+    """The weight in the autocast dtype is kept while it holds, and made anew when it does not."""
+    conv = torch.nn.Conv2d(8, 8, 3, padding=1, bias=False).eval()
+    bn = torch.nn.BatchNorm2d(8).eval()
+    x = torch.randn(2, 8, 9, 9)
+    packs = []
+
+    def call() -> Tensor:
+        with mode(), torch.autocast("cpu", torch.bfloat16), backends.observe() as choices:
+            y = functional.conv_bn_act(x, conv, bn)
+        packs.append(choices[0].kernel.packed(choices[0].problem, ops._casts[conv.weight][1], *v))
+        return y
+
+    with torch.no_grad():
+        v = fold.affine_of(conv, bn)
+        first = call()
+        assert first.dtype == torch.bfloat16
+        assert torch.equal(call(), first)
+        assert packs[0] is packs[1]
+        conv.weight.mul_(2.0)
+        torch.testing.assert_close(call(), first * 2)

@@ -177,7 +177,8 @@ def main_loop(program: Program, arch: Arch, *, warps: int) -> MainLoop | None:
     """The model's judgement of the main loop; None if no loop holds a tensor instruction or FMA.
 
     ``warps`` is how many warps of a block run the loop (it matters for tcgen05 only). Of several
-    innermost loops with tensor instructions, the one with the most multiply-adds counts.
+    innermost loops with tensor instructions, the one with the most multiply-adds counts; of equal
+    ones, the one that is fed by asynchronous copies.
     """
     loop = _find(program)
     if loop is None:
@@ -230,8 +231,13 @@ def _find(program: Program) -> Loop | None:
             if not any(set(other.body) < set(loop.body) for _, other in heavy[:number])
         ]
         if innermost:
-            return max(innermost, key=lambda pair: pair[0])[1]
+            return max(innermost, key=lambda pair: (pair[0], _is_fed(program, pair[1])))[1]
     return None
+
+
+def _is_fed(program: Program, loop: Loop) -> bool:
+    """Whether a loop holds asynchronous copies."""
+    return any(program.code[p].base in ASYNC_COPIES for p in loop.body)
 
 
 def _inner_loops(program: Program, loop: Loop) -> int:

@@ -135,9 +135,12 @@ def _successors(
         following: list[int] = []
         falls = True
         if last is not None and last.base in _JUMPS:
-            position = labels.get(last.target or "")
-            if position is not None and position in block_at:
-                following.append(block_at[position])
+            # An indirect jump lists its targets: (*"BRANCH_TARGETS .L_x_1,.L_x_2"*).
+            indirect = re.findall(r"\.L\w+", last.operands) if last.base == "BRX" else []
+            for label in indirect or [last.target or ""]:
+                position = labels.get(label)
+                if position is not None and position in block_at:
+                    following.append(block_at[position])
             # "BRA.U !UP0, target" and "BRA P0, target" carry their condition as an operand.
             falls = last.predicated or re.match(r"!?U?P\d", last.operands) is not None
             falls = falls or "DIV" in last.modifiers or "CONV" in last.modifiers

@@ -117,18 +117,13 @@ class Context:
         if stored.itemsize < dtype.itemsize:
             raise PtxError(f"a {kind} does not fit the register {operand.name}")
         signed = dtype.kind == "i"
-        wide = np.dtype(f"i{stored.itemsize}")
 
         def store(wave: Wave, lanes: Lanes, values: Array) -> None:
             values = np.asarray(values)
             if values.dtype != dtype:
                 raise PtxError(f"internal: {values.dtype} for a {kind}")
-            if signed and stored.itemsize > dtype.itemsize:
-                wave.registers[index][lanes] = values.astype(wide).view(stored)
-            else:
-                wave.registers[index][lanes] = (
-                    np.ascontiguousarray(values).view(bits).reshape(values.shape)
-                )
+            # numpy extends by sign from signed types, with zeros from unsigned ones.
+            wave.registers[index][lanes] = values.astype(stored) if signed else values.view(bits)
 
         return store
 

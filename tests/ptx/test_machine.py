@@ -23,7 +23,8 @@ mad.wide.u32 %addr, %i, 4, %base;
 
 def run(body: str, *arrays: np.ndarray, block=32, grid=1, shared=0, outside="") -> None:
     parameters = ", ".join(f".param .u64 p{n}" for n in range(len(arrays)))
-    load(kernel(LANE + body, parameters, outside))["test"].run(grid, block, arrays, shared)
+    test = load(kernel(LANE + body, parameters, outside))["test"]
+    test.run(grid, block, arrays, shared, max_steps=20_000)
 
 
 # --- memory --------------------------------------------------------------------------------------

@@ -1,0 +1,270 @@
+"""What certificates cover: every launch that the heuristic can return for ResNet layers, per GPU.
+
+Nothing here runs a kernel. A case is compiled ahead of time by ``launch.compile_for`` and judged
+from its machine code; whatever is concluded from that is *predicted*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+
+from fused_resnet.certify import LABEL, Certificate, MainLoop, Work, certify_triton
+from fused_resnet.problem import AddReluProblem, ConvProblem, MaxPool
+
+from .config import ARCHS, MIN_SHARE, Arch, Config, heuristic, stem_pool_tile
+from .launch import Launch, compile_for
+from .plans import add_relu_launch, conv_launches, mean_launch, pad_launch, stem_pool_launch
+from .reduce import reduce_kernel
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch of one problem on one GPU; ``config`` is None where there is nothing to choose."""
+
+    problem: ConvProblem | AddReluProblem | str
+    arch: Arch
+    launch: Launch
+    config: Config | None = None
+    precision: str = "tf32"
+
+
+def resnet_problems(depth: int, n: int, dtype: torch.dtype, size: int = 224) -> list[ConvProblem]:
+    """The distinct convolutions of torchvision's ResNet-18 or ResNet-50 and their epilogues."""
+    if depth not in (18, 50):
+        raise ValueError(f"layers are listed for ResNet-18 and ResNet-50, not ResNet-{depth}")
+
+    def conv(
+        c: int, hw: int, k: int, r: int, stride: int, epilogue: str, pool: MaxPool | None = None
+    ) -> ConvProblem:
+        return ConvProblem(
+            n, c, hw, hw, k, r, r, (stride, stride), (r // 2, r // 2), (1, 1), 1, epilogue, dtype,
+            pool=pool,
+        )  # fmt: skip
+
+    problems = [
+        conv(3, size, 64, 7, 2, "relu", MaxPool((3, 3), (2, 2), (1, 1))),
+        conv(3, size, 64, 7, 2, "relu"),
+    ]
+    c, hw = 64, size // 4
+    for stage, blocks in enumerate({18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}[depth]):
+        width = 64 << stage
+        for block in range(blocks):
+            stride = 2 if stage and not block else 1
+            out = hw // stride
+            if depth == 18:
+                body = [
+                    conv(c, hw, width, 3, stride, "relu"),
+                    conv(width, out, width, 3, 1, "add_relu"),
+                ]
+            else:
+                body = [
+                    conv(c, hw, width, 1, 1, "relu"),
+                    conv(width, hw, width, 3, stride, "relu"),
+                    conv(width, out, 4 * width, 1, 1, "add_relu"),
+                ]
+            k = body[-1].k
+            if stride != 1 or c != k:
+                body.append(conv(c, hw, k, 1, stride, "none"))
+            problems += body
+            c, hw = k, out
+    return list(dict.fromkeys(problems))
+
+
+def precisions(dtype: torch.dtype) -> tuple[str, ...]:
+    """Modes of a dtype: fp32 has two."""
+    return ("tf32", "ieee") if dtype == torch.float32 else ("tf32",)
+
+
+def conv_cases(problem: ConvProblem, arch: Arch, precision: str) -> Iterator[Case]:
+    """The launches that the heuristic's choice for a convolution makes."""
+    if problem.pool is not None:
+        tile = stem_pool_tile(problem.dtype, precision)
+        yield Case(problem, arch, stem_pool_launch(problem, tile, arch, precision), None, precision)
+        return
+    config = heuristic(problem, arch, precision)
+    for launch in conv_launches(problem, config, arch, precision):
+        yield Case(problem, arch, launch, config, precision)
+
+
+def cases(
+    archs: Iterable[Arch] = ARCHS,
+    depths: Iterable[int] = (18, 50),
+    batches: Iterable[int] = (1, 32, 256),
+    dtypes: Iterable[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32),
+) -> list[Case]:
+    """Every case, one for each distinct machine code: launches that differ in the grid are one."""
+    distinct: dict[object, Case] = {}
+
+    def add(case: Case) -> None:
+        launch = case.launch
+        code = launch.kernel.fn, launch.signature, launch.constants, launch.options, case.arch
+        distinct.setdefault(code, case)
+
+    depths, batches, dtypes = tuple(depths), tuple(batches), tuple(dtypes)
+    for arch in archs:
+        for dtype in dtypes:
+            for depth in depths:
+                for n in batches:
+                    for problem in resnet_problems(depth, n, dtype):
+                        for precision in precisions(dtype):
+                            for case in conv_cases(problem, arch, precision):
+                                add(case)
+            flat = AddReluProblem((32, 256, 56, 56), dtype, False, True)
+            add(Case(flat, arch, add_relu_launch(flat)))
+            add(Case("global average pool 2048 7x7", arch, mean_launch(32, 2048, 49, dtype)))
+            image = pad_launch(
+                (32, 3, 224, 224), (224, 224, 4), torch.uint8, dtype, 32 * 3 * 224**2, True
+            )
+            add(Case("uint8 image to channels_last", arch, image))
+    return list(distinct.values())
+
+
+def compile_case(case: Case) -> Any:
+    """The compiled kernel of a case: a ``triton.compiler.CompiledKernel``; needs no GPU."""
+    return compile_for(case.launch, GPUTarget("cuda", case.arch.capability, 32))
+
+
+def complaints(case: Case, certificate: Certificate) -> list[str]:
+    """What of the space's promises this machine code does not keep; empty is good.
+
+    Only what the code itself says and the loop model predicts; nothing is timed.
+    """
+    found = []
+    if certificate.spills:
+        found.append("it uses local memory")
+    if not certificate.fits:
+        found.append(f"a block does not fit: {certificate.shared} bytes of shared memory")
+    if not isinstance(case.problem, ConvProblem) or case.launch.kernel is reduce_kernel:
+        return found
+    found += [
+        f"{opcode} moves {certificate.widths(opcode)} bytes a thread"
+        for opcode in ("LDGSTS", "STG")
+        if any(width != 16 for width in certificate.widths(opcode))
+    ]
+    full_precision = case.problem.dtype == torch.float32 and case.precision == "ieee"
+    kinds = {"mma": "mma.sync", "wgmma": "wgmma", "tcgen05": "tcgen05"}
+    kind = "fp32" if full_precision else kinds[case.arch.family]
+    if certificate.tensor_kind != kind:
+        found.append(f"it multiplies by {certificate.tensor_kind}, not {kind}")
+    loop = certificate.loop
+    tile = case.config.tile if case.config is not None else None
+    if not is_dissolved(case):
+        found += _loop_complaints(loop)
+        # With specialised warps, the copies are issued by a warp with a loop of its own.
+        specialised = case.config is not None and case.config.warp_specialize
+        copies = loop.async_copies if loop is not None and not specialised else None
+        if not (certificate.async_copies if copies is None else copies):
+            found.append("no asynchronous copies feed the main loop")
+        share = loop.share if loop is not None else None
+        promised = min(MIN_SHARE, tile.share if tile is not None else 0.0)
+        if is_large(case.problem) and not full_precision and (share or 0) < promised - 0.01:
+            found.append(f"predicted share {share} of the tensor rate, not {promised}")
+    if tile is not None and certificate.occupancy.blocks < tile.resident:
+        found.append(f"{certificate.occupancy.blocks} blocks per SM, not {tile.resident}")
+    return found
+
+
+def _loop_complaints(loop: MainLoop | None) -> list[str]:
+    if loop is None:
+        return ["it has no main loop"]
+    found = []
+    if loop.wgmma_waited_at_once:
+        found.append("wgmma is waited for at once")
+    if loop.divisions:
+        found.append(f"{loop.divisions} integer divisions in the main loop")
+    return found
+
+
+def is_dissolved(case: Case) -> bool:
+    """Whether slices are no more than stages, so that all loads are in flight at once.
+
+    The compiler then makes straight code of the main loop, and there is none to judge.
+    """
+    return slices(case) <= dict(case.launch.options)["num_stages"]
+
+
+def slices(case: Case) -> int:
+    """Slices of the reduction that one program walks through."""
+    constants: dict[str, int] = dict(case.launch.constants)
+    if "SEG" in constants:
+        return math.ceil(constants["R"] * constants["SEG"] / constants["BLOCK_K"])
+    taps = constants.get("R", 1) * constants.get("S", 1)
+    steps = taps * math.ceil(constants["C"] / constants["BLOCK_K"])
+    return math.ceil(steps / constants.get("SPLIT_K", 1))
+
+
+def is_large(problem: ConvProblem) -> bool:
+    """Whether the GEMM of a layer is at least 128 deep and 128 wide."""
+    depth = problem.c // problem.groups * problem.r * problem.s
+    return min(depth, problem.k) >= 128
+
+
+def certify_case(case: Case) -> Certificate:
+    """Compile a case and read its certificate; the roofline in it is *predicted*."""
+    problem = case.problem
+    work = None
+    if not isinstance(problem, str) and case.launch.kernel is not reduce_kernel:
+        flops = problem.flops if isinstance(problem, ConvProblem) else 0
+        kinds = {torch.float32: "fp32" if case.precision == "ieee" else "tf32"}
+        work = Work(flops, problem.min_bytes, kinds.get(problem.dtype, "f16"))
+    warps = dict(case.launch.options)["num_warps"]
+    specialised = case.config is not None and case.config.warp_specialize
+    return certify_triton(compile_case(case), loop_warps=1 if specialised else warps, work=work)
+
+
+def name_of(case: Case) -> str:
+    """A key for a case: architecture, kernel, problem and configuration."""
+    launch = case.launch
+    constants = dict(launch.constants)
+    shape = "x".join(str(constants[b]) for b in _BLOCKS if b in constants)
+    options = dict(launch.options)
+    parts = [
+        f"sm_{case.arch.capability}",
+        launch.kernel.fn.__name__,
+        str(case.problem),
+        case.precision if case.precision == "ieee" else "",
+        f"tile {shape} warps {options['num_warps']} stages {options['num_stages']}",
+        f"split {constants['SPLIT_K']}" if constants.get("SPLIT_K", 1) > 1 else "",
+    ]
+    return " | ".join(part for part in parts if part)
+
+
+_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK")
+
+
+def summary(certificates: Mapping[str, Certificate]) -> Table:
+    """A line for each kernel and GPU: the extremes over all its certificates."""
+    groups: dict[tuple[str, int], list[Certificate]] = {}
+    for name, certificate in certificates.items():
+        groups.setdefault((name.split(" | ")[1], certificate.sm), []).append(certificate)
+    table = Table(title="Triton kernels: the worst of each figure", caption=LABEL)
+    table.add_column("kernel")
+    for column in ("sm", "codes", "registers", "spills", "shared KiB"):
+        table.add_column(column, justify="right")
+    table.add_column("tensor instructions")
+    table.add_column("predicted share", justify="right")
+    table.add_column("predicted bound of the layers", justify="right")
+    for (kernel, sm), group in sorted(groups.items()):
+        kinds = sorted({c.tensor_kind for c in group if c.tensor_kind})
+        shares = [c.share for c in group if c.share is not None]
+        bounds = [b for c in group for b in c.bounds]
+        times = [b.predicted_us for b in bounds]
+        table.add_row(
+            kernel,
+            str(sm),
+            str(len(group)),
+            str(max(c.registers for c in group)),
+            str(sum(c.spills for c in group)),
+            f"{max(c.shared for c in group) / 1024:.0f}",
+            ", ".join(kinds) or "-",
+            f"{min(shares):.2f}-{max(shares):.2f}" if shares else "-",
+            f"{bounds[0].device} {min(times):.1f}-{max(times):.1f} us" if times else "-",
+        )
+    return table

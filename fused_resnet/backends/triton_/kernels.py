@@ -1,0 +1,190 @@
+"""The kernels as the registry sees them: a path per problem and device, made once."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends.kernel import Kernel, PackedKernel
+from fused_resnet.problem import AddReluProblem, ConvProblem, MaxPool
+
+from .config import Arch, heuristic, padded_channels, stem_pool_tile
+from .device import arch_of, on_device, precision_of, refusal
+from .launch import bind
+from .layout import channels_last, vector
+from .paths import Path, StemPoolPath, Weights, make_path
+from .plans import add_relu_launch, flat_unit
+
+#: The max-pool of a ResNet stem, the one that is fused.
+STEM_POOL = MaxPool(kernel=(3, 3), stride=(2, 2), padding=(1, 1))
+
+#: Paths a kernel keeps: compiled code is small, but shapes may vary without end.
+_MAX_PATHS = 4096
+
+
+class _Packed(NamedTuple):
+    w: Weights
+    scale: Tensor
+    shift: Tensor
+
+
+class _TritonConvolution(PackedKernel):
+    """What the convolutions share: a bounded cache of paths, packing and the call."""
+
+    backend: ClassVar[str] = "triton"
+
+    def promising(self, problem: ConvProblem, device: torch.device) -> bool:
+        """On a GPU; the interpreter is for tests."""
+        return device.type == "cuda"
+
+    def __init__(self, arch: Arch | None = None) -> None:
+        super().__init__()
+        self._arch = arch
+        self._paths: dict[tuple[ConvProblem, torch.device, str], Path] = {}
+
+    @abstractmethod
+    def _make(self, problem: ConvProblem, arch: Arch, precision: str, device: torch.device) -> Path:
+        """The path for a problem; ``device`` is current."""
+
+    def _path(self, problem: ConvProblem, device: torch.device) -> Path:
+        key = problem, device, precision_of(problem.dtype)
+        path = self._paths.get(key)
+        if path is None:
+            with on_device(device):
+                path = self._make(problem, self._arch or arch_of(device), key[2], device)
+            if len(self._paths) >= _MAX_PATHS:
+                self._paths.pop(next(iter(self._paths)), None)
+            self._paths[key] = path
+        return path
+
+    def packed(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> _Packed:
+        """The packed weights for this problem, from the cache where it is still true."""
+        # Layouts depend on the device too, which only the path knows.
+        packed: _Packed = super().packed(self._path(problem, weight.device), weight, scale, shift)
+        return packed
+
+    def pack_key(self, problem: Any) -> Hashable:
+        """The layout of a path."""
+        layout: Hashable = problem.layout
+        return layout
+
+    def prepare(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> _Packed:
+        """Weights in the layout of a path, scale and shift as aligned fp32 arrays."""
+        return _Packed(problem.pack(weight), vector(scale), vector(shift))
+
+    def run(
+        self,
+        problem: ConvProblem,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """The op's result [N, K, OH, OW], dense in channels_last order."""
+        device = x.device
+        path = self._path(problem, device)
+        with on_device(device):
+            w, scale, shift = super().packed(path, weight, scale, shift)
+            y = torch.empty(
+                problem.out_shape,
+                dtype=x.dtype,
+                device=device,
+                memory_format=torch.channels_last,
+            )
+            path.start(
+                x, w, scale, shift, y if residual is None else channels_last(residual), y
+            )  # fmt: skip
+        return y
+
+
+class TritonConv(_TritonConvolution):
+    """``conv_affine_act``: a GEMM, an implicit GEMM or a convolution over padded rows.
+
+    ``arch`` takes the configurations of another GPU than the one at hand, for the interpreter.
+    """
+
+    op: ClassVar[str] = "conv_affine_act"
+    name: ClassVar[str] = "conv"
+
+    def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
+        """None if this kernel computes ``problem`` on ``device``, else why it does not."""
+        if problem.pool is not None:
+            return "max-pooling is another kernel's"
+        if max(problem.r, problem.s) > 16:
+            return "filters larger than 16 are not supported"
+        return refusal(problem.dtype, device)
+
+    def _make(self, problem: ConvProblem, arch: Arch, precision: str, device: torch.device) -> Path:
+        return make_path(problem, heuristic(problem, arch, precision), arch, precision, device)
+
+
+class TritonStemPool(_TritonConvolution):
+    """``conv_affine_relu_maxpool``: the convolution's own output never reaches memory.
+
+    ``arch`` takes the configurations of another GPU than the one at hand, for the interpreter.
+    """
+
+    op: ClassVar[str] = "conv_affine_relu_maxpool"
+    name: ClassVar[str] = "stem_pool"
+
+    def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
+        """None if this kernel computes ``problem`` on ``device``, else why it does not."""
+        if problem.pool != STEM_POOL:
+            return "only the 3x3 max-pool of stride 2 and padding 1 is fused"
+        if problem.epilogue != "relu":
+            return "the pooled stem ends in relu"
+        if padded_channels(problem) is None:
+            return "only ungrouped, undilated convolutions of up to 8 channels are pooled at once"
+        return refusal(problem.dtype, device)
+
+    def _make(self, problem: ConvProblem, arch: Arch, precision: str, device: torch.device) -> Path:
+        tile = stem_pool_tile(problem.dtype, precision)
+        return StemPoolPath(problem, tile, arch, precision, device)
+
+
+class TritonAddRelu(Kernel):
+    """``add_relu`` of two tensors that lie alike in memory."""
+
+    backend: ClassVar[str] = "triton"
+    op: ClassVar[str] = "add_relu"
+    name: ClassVar[str] = "add_relu"
+
+    def supports(self, problem: AddReluProblem, device: torch.device) -> str | None:
+        """None if this kernel computes ``problem`` on ``device``, else why it does not."""
+        if not problem.same_dense_strides:
+            return "a and b do not lie alike in dense memory"
+        return refusal(problem.dtype, device)
+
+    def promising(self, problem: AddReluProblem, device: torch.device) -> bool:
+        """On a GPU; the interpreter is for tests."""
+        return device.type == "cuda"
+
+    def run(self, problem: AddReluProblem, a: Tensor, b: Tensor) -> Tensor:
+        """relu(a + b), written to a with ``problem.inplace``."""
+        y = a if problem.inplace else torch.empty_like(a)
+        start = _add_relu_start(problem, a.device, _aligned(a, b, y))
+        with on_device(a.device):
+            start(a, b, y, a.numel() // flat_unit(a.numel()))
+        return y
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+@lru_cache(maxsize=_MAX_PATHS)
+def _add_relu_start(
+    problem: AddReluProblem, device: torch.device, aligned: bool
+) -> Callable[..., None]:
+    with on_device(device):
+        return bind(add_relu_launch(problem, aligned), device)
+
+
+#: Every kernel of this backend.
+KERNELS: tuple[Kernel, ...] = (TritonConv(), TritonStemPool(), TritonAddRelu())

@@ -1,0 +1,73 @@
+// The kernels of csrc/cuda for MATH, with their pointers as parameters of their own: the PTX runner
+// places arrays where parameters point to, and cannot see into a struct.
+#include "add_relu.cuh"
+#include "conv_implicit_gemm.cuh"
+#include "global_average_pool.cuh"
+#include "layout.cuh"
+#include "stem.cuh"
+
+using namespace fused_resnet;
+using namespace fused_resnet::device;
+
+using T = MATH::Element;
+using Tile = ConvTile64x64;
+
+struct ConvPointers {
+  const void *x, *weight;
+  const float *scale, *shift;
+  const void* residual;
+  void* y;
+  float* partial;
+  const GatherEntry* gather;
+
+  __device__ ConvArgs in(ConvArgs args) const {
+    args.x = x;
+    args.weight = weight;
+    args.scale = scale;
+    args.shift = shift;
+    args.residual = residual;
+    args.y = y;
+    args.partial = partial;
+    args.gather = gather;
+    return args;
+  }
+};
+
+#define CONV_PARAMETERS                                                                            \
+  const void *x, const void *weight, const float *scale, const float *shift, const void *residual, \
+      void *y, float *partial, const GatherEntry *gather, ConvArgs args
+#define CONV_ARGS ConvPointers{x, weight, scale, shift, residual, y, partial, gather}.in(args)
+
+extern "C" __global__ void __launch_bounds__(Tile::kThreads) entry_conv(CONV_PARAMETERS) {
+  DYNAMIC_SHARED(char, shared);
+  using Loader = VectorLoader<T, Tile, SeededBug::kNone>;
+  conv_block<MATH, Tile, Loader, SeededBug::kNone>(CONV_ARGS, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(Tile::kThreads) entry_gather(CONV_PARAMETERS) {
+  DYNAMIC_SHARED(char, shared);
+  using Loader = GatherLoader<T, Tile, SeededBug::kNone>;
+  conv_block<MATH, Tile, Loader, SeededBug::kNone>(CONV_ARGS, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(kReduceThreads) entry_reduce(CONV_PARAMETERS) {
+  reduce_splits<T>(CONV_ARGS);
+}
+
+extern "C" __global__ void __launch_bounds__(StemTile<T>::kThreads)
+    entry_stem(const void* x, const void* weight, const float* scale, const float* shift, void* y,
+               StemArgs args) {
+  DYNAMIC_SHARED(char, shared);
+  args.x = x;
+  args.weight = weight;
+  args.scale = scale;
+  args.shift = shift;
+  args.y = y;
+  stem_block<MATH, T>(args, shared);
+}
+
+template __global__ void fused_resnet::device::add_relu<T>(const T*, const T*, T*, int64_t);
+template __global__ void fused_resnet::device::global_average_pool<T, kVectorElements<T>>(const T*,
+                                                                                          T*, int,
+                                                                                          int);
+template __global__ void fused_resnet::device::transpose<T>(const T*, T*, int64_t, int64_t);

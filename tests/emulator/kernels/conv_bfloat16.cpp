@@ -1,0 +1,3 @@
+#include "conv.h"
+
+REGISTER_CONV("bfloat16", BFloat16Math)

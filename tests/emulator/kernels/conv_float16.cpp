@@ -1,0 +1,3 @@
+#include "conv.h"
+
+REGISTER_CONV("float16", Float16Math)

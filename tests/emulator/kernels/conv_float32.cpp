@@ -1,0 +1,3 @@
+#include "conv.h"
+
+REGISTER_CONV("float32", Float32Math)

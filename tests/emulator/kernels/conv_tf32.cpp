@@ -1,0 +1,3 @@
+#include "conv.h"
+
+REGISTER_CONV("tf32", Tf32Math)

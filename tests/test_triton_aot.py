@@ -1,0 +1,336 @@
+"""The Triton kernels compiled ahead of time for every GPU, and judged from their machine code.
+
+No GPU is needed and nothing is timed. A representative part runs here; the full matrix, every
+configuration that the heuristic returns for ResNet-18 and ResNet-50, is ``make certify``.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="this torch comes without Triton")
+
+import triton
+
+from fused_resnet.backends.triton_.certify import (
+    Case,
+    cases,
+    certify_case,
+    compile_case,
+    complaints,
+    conv_cases,
+    resnet_problems,
+)
+from fused_resnet.backends.triton_.config import (
+    ARCHS,
+    MIN_SHARE,
+    Config,
+    Tile,
+    heuristic,
+    stem_pool_tile,
+)
+from fused_resnet.backends.triton_.layout import row_weights
+from fused_resnet.backends.triton_.plans import (
+    add_relu_launch,
+    conv_launches,
+    mean_launch,
+    pad_launch,
+    pool_strip,
+    rows_layout,
+    stem_pool_launch,
+)
+from fused_resnet.certify import certify_triton
+from fused_resnet.numerics import error, reference_conv, stock_conv
+from fused_resnet.problem import AddReluProblem, ConvProblem
+
+from .ptx.runner import load
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets here and cannot compile"
+)
+
+CACHE = Path(__file__).parents[1] / ".cache" / "triton"
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+on_every_gpu = pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch.capability}")
+A100, H100, B200 = ARCHS[0], ARCHS[3], ARCHS[4]
+
+
+@pytest.fixture(autouse=True)
+def cache_on_disk(monkeypatch):
+    if "TRITON_CACHE_DIR" not in os.environ:
+        monkeypatch.setattr(triton.knobs.cache, "dir", str(CACHE))
+
+
+def conv(c, k, r, n, hw, epilogue, dtype, stride=1, groups=1):
+    return ConvProblem(
+        n, c, hw, hw, k, r, r, (stride, stride), (r // 2, r // 2), (1, 1), groups, epilogue, dtype
+    )
+
+
+def assert_kept(found):
+    found = list(found)
+    assert found
+    broken = [(case, complaints(case, certify_case(case))) for case in found]
+    assert not [(str(case.problem), str(case.config), why) for case, why in broken if why]
+
+
+#: One problem of each formulation: full tiles, a filled small GPU, split reductions.
+REPRESENTATIVE = {
+    "1x1": (conv(256, 1024, 1, 32, 14, "add_relu", BF16), "tf32"),
+    "1x1-of-one-image": (conv(2048, 512, 1, 1, 7, "relu", F16), "tf32"),
+    "3x3": (conv(256, 256, 3, 256, 14, "add_relu", F16), "tf32"),
+    "3x3-of-one-image": (conv(128, 128, 3, 1, 28, "relu_add_relu", F16), "tf32"),
+    "3x3-narrow": (conv(64, 64, 3, 32, 56, "relu", F16), "tf32"),
+    "tf32": (conv(128, 128, 3, 32, 28, "relu", F32), "tf32"),
+    "pooled-stem": (resnet_problems(50, 32, F16)[0], "tf32"),
+    "stem": (resnet_problems(50, 32, BF16)[1], "tf32"),
+}
+
+
+@on_every_gpu
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_machine_code_keeps_the_promises(arch, name):
+    problem, precision = REPRESENTATIVE[name]
+    assert_kept(conv_cases(problem, arch, precision))
+
+
+@pytest.mark.parametrize("arch", [A100, H100], ids=lambda arch: f"sm_{arch.capability}")
+@pytest.mark.parametrize("r", [1, 3])
+def test_full_precision_uses_no_tensor_cores(arch, r):
+    problem = conv(128, 128, r, 32, 28, "add_relu", F32)
+    assert_kept(conv_cases(problem, arch, "ieee"))
+
+
+@on_every_gpu
+def test_merged_groups(arch):
+    assert_kept(conv_cases(conv(128, 128, 3, 32, 56, "relu", F16, groups=32), arch, "tf32"))
+
+
+@pytest.mark.parametrize("arch", [A100, H100, B200], ids=lambda arch: f"sm_{arch.capability}")
+def test_channels_that_fill_no_tile(arch):
+    # No spills; but rows of 17 elements allow no wide access.
+    for case in conv_cases(conv(17, 19, 3, 4, 9, "add_relu", F16), arch, "tf32"):
+        assert not certify_case(case).spills
+
+
+@pytest.mark.parametrize("r", [1, 3])
+def test_64_bit_offsets(r):
+    problem = conv(64, 64, r, 2048, 224, "relu", F16)
+    (case,) = conv_cases(problem, A100, "tf32")
+    assert dict(case.launch.constants)["WIDE"]
+    assert_kept([case])
+    # The row's offset is formed in 64 bits: 64-bit multiplications that the narrow code lacks.
+    narrow = dataclasses.replace(problem, n=32)
+    (other,) = conv_cases(narrow, A100, "tf32")
+
+    def multiplications(case):
+        return compile_case(case).asm["ptx"].count("mad.lo.s64") + compile_case(case).asm[
+            "ptx"
+        ].count("mul.lo.s64")
+
+    assert multiplications(case) > multiplications(other)
+
+
+def test_memory_bound_kernels():
+    flat = AddReluProblem((32, 256, 56, 56), F16, False, True)
+    launches = {
+        "add_relu": add_relu_launch(flat),
+        "mean": mean_launch(32, 2048, 49, F16),
+        "images": pad_launch((32, 3, 224, 224), (224, 224, 4), torch.uint8, F16, 2**22, True),
+    }
+    found = {name: certify_case(Case(name, H100, launch)) for name, launch in launches.items()}
+    assert not any(certificate.spills for certificate in found.values())
+    assert found["add_relu"].widths("LDG") == (16,)
+    assert found["add_relu"].widths("STG") == (16,)
+    assert found["mean"].widths("LDG") == (16,)
+
+
+def test_what_breaks_a_promise_is_found():
+    problem = conv(128, 128, 3, 32, 28, "add_relu", F16)
+    good = heuristic(problem, H100, "tf32")
+    assert good.tma
+
+    def broken(config, arch=H100):
+        (launch,) = conv_launches(problem, config, arch, "tf32")
+        case = Case(problem, arch, launch, config)
+        return " ".join(complaints(case, certify_case(case)))
+
+    # 128 x 256 accumulators in 4 warps take all 255 registers of each thread.
+    assert "local memory" in broken(Config("conv", Tile(128, 256, 64, 4, 3), tma=True))
+    # Half of the shared memory bandwidth goes to copying the weights by cp.async.
+    assert "share" in broken(dataclasses.replace(good, tma=False))
+    # Six stages of 32 KiB.
+    assert "does not fit" in broken(Config("conv", Tile(128, 128, 64, 8, 8, parts=2), tma=True))
+    # More resident blocks than there are registers for.
+    assert "blocks per SM" in broken(
+        dataclasses.replace(good, tile=dataclasses.replace(good.tile, resident=4))
+    )
+
+
+def test_cases_cover_every_layer():
+    everything = cases(archs=[A100], dtypes=[F16])
+    names = {case.launch.kernel.fn.__name__ for case in everything}
+    assert names >= {"gemm_kernel", "conv_kernel", "reduce_kernel", "conv_rows_kernel"}
+    assert names >= {"stem_pool_kernel", "add_relu_kernel", "mean_kernel", "pad_kernel"}
+    # 20 distinct convolutions in ResNet-50 with the unpooled stem: 1x1, 3x3, projections.
+    assert len({p for p in resnet_problems(50, 1, F16) if p.pool is None}) == 24
+
+
+def test_im2col_compiles():
+    """The Gluon kernel, which nothing has ever executed, compiles to what it is meant to be."""
+    gluon = pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from fused_resnet.backends.triton_.im2col import conv_im2col_kernel
+
+    def box(rows, cols, kind="tensordesc", rank=""):
+        language = gluon.language
+        layout = language.NVMMASharedLayout.get_default_for([rows, cols], language.float16)
+        return f"{kind}<fp16[{rows},{cols}],{rank}{layout!r}>"
+
+    types = {
+        "x": box(256, 64, "tensordesc_im2col", "input_rank=4,"),
+        "w": box(128, 64),
+        "scale": "*fp32",
+        "shift": "*fp32",
+        "residual": box(256, 64),
+        "y": box(256, 64),
+        "m": "i32",
+    }
+    constants = {
+        "C": 128, "K": 128, "OH": 28, "OW": 28, "R": 3, "S": 3, "STRIDE": 1, "PAD": 1, "SLOTS": 3,
+        "EPILOGUE": "add_relu",
+    }  # fmt: skip
+    signature = types | dict.fromkeys(constants, "constexpr")
+    aligned = {(at,): [["tt.divisibility", 16]] for at in (2, 3)}
+    source = GluonASTSource(conv_im2col_kernel, signature, constants, aligned)
+    target = GPUTarget("cuda", 90, 32)
+    certificate = certify_triton(
+        triton.compile(source, target=target, options={"num_warps": 8}), loop_warps=8
+    )
+    assert certificate.tensor_kind == "wgmma"
+    assert not certificate.spills
+    assert certificate.fits
+    assert certificate.share >= MIN_SHARE
+    assert "UTMALDG" in certificate.async_copies
+    assert not certificate.loop.wgmma_waited_at_once
+
+
+@pytest.mark.slow
+@on_every_gpu
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+def test_every_configuration_of_every_layer(arch, dtype):
+    assert_kept(cases(archs=[arch], dtypes=[dtype]))
+
+
+# ---------------------------------------------------------------- the compiled code, executed
+
+
+def raw(tensor):
+    """A dense tensor's memory as a numpy array, which shares it; bf16 as 16-bit integers."""
+    flat = tensor.detach()
+    return flat.view(torch.int16).numpy() if tensor.element_size() == 2 else flat.numpy()
+
+
+def execute(launch, *arguments):
+    """Run a launch's sm_80 PTX in the PTX runner."""
+    compiled = compile_case(Case("", A100, launch))
+    kernel = load(compiled.asm["ptx"])[launch.kernel.fn.__name__]
+    numbers = {"i32": np.int32, "i64": np.int64}
+    values = [
+        raw(argument) if isinstance(argument, torch.Tensor) else numbers[kind](argument)
+        for argument, (_, kind) in zip(arguments, launch.signature, strict=True)
+    ]
+    # Triton's own two pointers to scratch memory, which these kernels do not use.
+    scratch = [np.uint64(0), np.uint64(0)]
+    threads = 32 * dict(launch.options)["num_warps"]
+    kernel.run(launch.grid, threads, [*values, *scratch], compiled.metadata.shared)
+
+
+def executed_problem(c, k, r, dtype, **more):
+    """Data of a problem, channels innermost as the kernels see them."""
+    problem = conv(c, k, r, 2, 7, "add_relu", dtype, **more)
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x = draw(2, c, 7, 7).contiguous(memory_format=torch.channels_last)
+    residual = draw(*problem.out_shape).contiguous(memory_format=torch.channels_last)
+    weight = draw(k, c, r, r) / (c * r * r) ** 0.5
+    vectors = [torch.rand(k, generator=generator) + 0.5 for _ in range(2)]
+    return problem, (x, weight, *vectors, residual)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+@pytest.mark.parametrize("path", ["gemm", "conv"])
+def test_compiled_code_computes_the_convolution(path, dtype):
+    # 98 rows and 72 channels: ragged tiles both ways, and several slices of the reduction.
+    problem, data = executed_problem(64, 72, 1 if path == "gemm" else 3, dtype)
+    x, weight, scale, shift, residual = data
+    tile = Tile(64, 64, 32 if dtype != F32 else 16, 4, 3)
+    (launch,) = conv_launches(problem, Config(path, tile), A100, "tf32")
+    w = weight.permute(0, 2, 3, 1).contiguous()
+    y = torch.zeros_like(residual)
+    sizes = (2 * 7 * 7,) if path == "gemm" else (2, 7, 7, 7, 7)
+    execute(
+        launch, x.permute(0, 2, 3, 1), w, scale, shift, residual.permute(0, 2, 3, 1),
+        y.permute(0, 2, 3, 1), *sizes,
+    )  # fmt: skip
+    reference = reference_conv(problem, *data)
+    allowed = error(stock_conv(problem, *data), reference)
+    if dtype == F32:
+        # No CPU has tf32: round the operands to its 10 mantissa bits.
+        allowed = error(stock_conv(problem, as_tf32(x), as_tf32(weight), *data[2:]), reference)
+    assert error(y, reference).within(allowed, dtype)
+
+
+def as_tf32(tensor):
+    """fp32 values rounded to nearest tf32."""
+    bits = tensor.contiguous(memory_format=torch.preserve_format).view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_compiled_code_computes_the_pooled_stem(dtype):
+    problem = dataclasses.replace(resnet_problems(50, 2, dtype)[0], h=30, w=34)
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    data = draw(2, 3, 30, 34), draw(64, 3, 7, 7) / 12, *torch.rand(2, 64, generator=generator), None
+    x, weight, scale, shift, _ = data
+    tile = stem_pool_tile(dtype, "tf32")
+    rows = rows_layout(problem, tile.block_k)
+    padded = torch.zeros(2, rows.hp, rows.wp, rows.cp, dtype=dtype)
+    padded[:, 3:33, 3:37, :3] = x.permute(0, 2, 3, 1)
+    y = torch.zeros(2, *problem.out_shape[2:], 64, dtype=dtype)
+    launch = stem_pool_launch(problem, tile, A100, "tf32")
+    sizes = (*problem.conv_size, *problem.out_shape[2:], rows.hp, rows.row_units)
+    strip = pool_strip(problem, tile, A100)
+    execute(launch, padded, row_weights(problem, weight, rows), scale, shift, y, *sizes, strip)
+    reference = reference_conv(problem, *data)
+    allowed = error(stock_conv(problem, *data), reference)
+    assert error(y.permute(0, 3, 1, 2), reference).within(allowed, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+def test_compiled_code_adds_and_rectifies(dtype):
+    a, b = torch.randn(2, 3000, generator=torch.Generator().manual_seed(3)).to(dtype)
+    a[5] = float("nan")
+    y = torch.zeros_like(a)
+    execute(add_relu_launch(AddReluProblem((3000,), dtype, False, True)), a, b, y, 3000 // 8)
+    assert torch.equal(y.nan_to_num(7.0), torch.relu(a + b).nan_to_num(7.0))
+
+
+def test_rows_layout_keeps_runs_aligned():
+    for dtype in (F16, F32):
+        rows = rows_layout(resnet_problems(50, 1, dtype)[1], 128 // dtype.itemsize)
+        assert rows.wp * rows.cp % rows.unit == 0
+        assert rows.seg * dtype.itemsize % 16 == 0
