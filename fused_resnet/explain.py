@@ -354,13 +354,24 @@ class _Table:
             while owner and owner not in untraceable and not _calls(self.analyses, owner):
                 owner = owner.rpartition(".")[0]
             reason = untraceable.get(owner)
-            why = (
-                "not called in eval mode"
-                if reason is None
-                else f"the forward of {owner or 'the model'} cannot be traced: {reason}"
-            )
+            whole = self.leaf_above(path)
+            if whole is not None:
+                why = f"part of {stock_class(self.model.get_submodule(whole)).__name__} {whole}"
+            elif reason is not None:
+                why = f"the forward of {owner or 'the model'} cannot be traced: {reason}"
+            else:
+                why = "not called in eval mode"
             row = Row(path, kind, stock_class(module).__name__, "stock", reason=why)
             self.rows[f"{owner}#unseen {path}", 0] = row
+
+    def leaf_above(self, path: str) -> str | None:
+        """The module that a module is a part of and that graphs do not look into."""
+        parent = path.rpartition(".")[0]
+        while parent:
+            if is_leaf(self.model.get_submodule(parent)):
+                return parent
+            parent = parent.rpartition(".")[0]
+        return None
 
     def sorted_rows(self) -> tuple[Row, ...]:
         """By the module whose forward makes the call, in the order of calls."""

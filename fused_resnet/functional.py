@@ -221,9 +221,9 @@ def _call(op: Any, *args: Any) -> Any:
     torch.func are recorded even then, so they keep the detour.
     """
     if (
-        torch.is_grad_enabled()
+        torch.compiler.is_compiling()  # First: torch.compile cannot trace what comes next.
+        or torch.is_grad_enabled()
         or torch.is_inference_mode_enabled()
-        or torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):

@@ -486,6 +486,7 @@ def _call(graph: fx.Graph, site: Site, here: Callable[[fx.Node], fx.Node]) -> fx
         pool: Any = module(site.pool)
         if pool == "relu":
             pool = patterns.pool_arguments(site.pool)
+            nodes.pool_module(pool)  # Now, so that torch.compile need not make it.
         return graph.call_function(
             nodes.conv_bn_act_maxpool, (x, *layers, module(site.act), pool), {}
         )

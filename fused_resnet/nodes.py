@@ -8,7 +8,6 @@ written.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal, cast
 
 import torch
@@ -94,7 +93,7 @@ def conv_bn_act_maxpool(
     """
     if _is_traced(x):
         return _record(conv_bn_act_maxpool, x, conv, bn, act, pool)
-    pooling = _pool(*pool) if isinstance(pool, tuple) else pool
+    pooling = pool_module(pool)
     if _is_fusable_input(x):
         return functional.conv_bn_act_maxpool(x, _as_conv(conv), bn, _module(act), pooling)
     return cast(Tensor, pooling(_stock(x, conv, bn, act)))
@@ -185,10 +184,17 @@ def _fits(residual: Any, x: Tensor, conv: nn.Module) -> bool:
     return True
 
 
-@functools.cache
-def _pool(kernel: Any, stride: Any, padding: Any) -> nn.Module:
-    """A module for a pooling that was written as a function; there are few distinct ones."""
-    return nn.MaxPool2d(kernel, stride, padding)
+_pools: dict[tuple[Any, Any, Any], nn.Module] = {}
+
+
+def pool_module(pool: Pool) -> nn.Module:
+    """A module for a pooling that was written as a function, made once; a module as it is."""
+    if isinstance(pool, nn.Module):
+        return pool
+    module = _pools.get(pool)
+    if module is None:
+        module = _pools[pool] = nn.MaxPool2d(*pool)
+    return module
 
 
 def _given(*, first_act: Act, add: Add) -> dict[str, Any]:

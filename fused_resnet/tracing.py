@@ -51,9 +51,10 @@ def stock_class(module: nn.Module) -> type[nn.Module]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its forward."""
+    """Whether calling ``module`` does more than its class's forward."""
     return bool(
-        module._forward_hooks
+        "forward" in vars(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -309,9 +310,7 @@ class _Tracer(fx.Tracer):
     def _enter(self, m: nn.Module, key: Key, args: Any, kwargs: Any) -> Any:
         """Run the forward of ``m`` within a frame of its own, without its hooks."""
         if has_hooks(m):
-            raise Untraceable("a hook is registered on it")
-        if "forward" in vars(m):
-            raise Untraceable("its forward was replaced on the instance")
+            raise Untraceable("a hook is registered on it, or its forward was replaced")
         outer, self._frame = self._frame, key
         self._next.append(0)
         try:

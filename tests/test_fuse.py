@@ -922,6 +922,22 @@ def test_torch_compile_takes_the_whole_graph(images: Tensor) -> None:
         torch.testing.assert_close(compiled(X), model(X))
 
 
+def test_torch_compile_takes_a_pooling_that_was_written_as_a_function() -> None:
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor, flag: bool = False) -> Tensor:
+            return F.max_pool2d(F.relu(self.bn(self.conv(x))), 2)
+
+    model = randomise(Stem()).eval()
+    compiled = torch.compile(fuse(model), fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(compiled(X), model(X))
+
+
 def test_torch_export(resnet: nn.Module, images: Tensor) -> None:
     fused = fuse(resnet)
     batch = torch.export.Dim("batch", min=2)
