@@ -629,7 +629,14 @@ def _forward(stock: type[nn.Module], plan: Plan) -> Callable[..., Any]:
         "_fused_structure": plan.structure,
     }
     me = parameters[0].name
-    conditions, declared, passed, star = [f"_fused_stale({me}) is None"], [me], [me], False
+    # What can change in every module is looked at without a call; see `why_stale`.
+    conditions = [
+        f"len({me}._modules) == {plan.children}",
+        f"'_fused_changed' not in {me}.__dict__",
+        *([f"not {me}.training"] if plan.eval_only else []),
+        *([f"_fused_stale({me}) is None"] if plan.inlined else []),
+    ]
+    declared, passed, star = [me], [me], False
     for p in parameters[1:]:
         if p.kind is p.VAR_POSITIONAL:
             declared.append(f"*{p.name}")

@@ -31,7 +31,7 @@ _RELU = nn.ReLU()
 
 def conv_bn_act(
     x: Tensor,
-    conv: nn.Module,
+    conv: nn.Conv2d,
     bn: nn.Module | None = None,
     act: Act = None,
     residual: Any = None,
@@ -43,7 +43,7 @@ def conv_bn_act(
 
     Args:
         x: [N, C, H, W]; anything else goes to the stock modules.
-        conv: the convolution.
+        conv: the convolution, or what stands in its place.
         bn: its norm, or None.
         act: activation at the end.
         residual: added before ``act``; of any shape and dtype that adds to the convolution's
@@ -51,36 +51,32 @@ def conv_bn_act(
         first_act: activation before the sum.
         add: which operand the sum was written into, if any.
     """
-    if _is_traced(x):
+    # These few lines run for every convolution of a network: they call as little as they can.
+    if type(x) is not Tensor and _is_traced(x):
         return _record(
             conv_bn_act, x, conv, bn, act, residual, **_given(first_act=first_act, add=add)
         )
-    if _is_fusable_input(x):
-        if residual is None:
-            return functional.conv_bn_act(x, _as_conv(conv), bn, _module(act))
-        if _fits(residual, x, conv):
-            if first_act is None:
-                return functional.conv_bn_act(x, _as_conv(conv), bn, _module(act), residual)
-            if _is_relu(first_act) and _is_relu(act):
-                return functional.conv_bn_act(
-                    x, _as_conv(conv), bn, _RELU, residual, act_before_add=True
-                )
-        y = functional.conv_bn_act(x, _as_conv(conv), bn, _module(first_act))
+    module = _RELU if act == "relu" else act
+    if residual is None:
+        return functional.conv_bn_act(x, conv, bn, module)
+    if _fits(residual, x, conv):
+        if first_act is None:
+            return functional.conv_bn_act(x, conv, bn, module, residual)
+        if _is_relu(first_act) and _is_relu(act):
+            return functional.conv_bn_act(x, conv, bn, _RELU, residual, act_before_add=True)
+    y = functional.conv_bn_act(x, conv, bn, _RELU if first_act == "relu" else first_act)
+    if add == "add":
+        y = y + residual
+    elif add == "iadd":
+        y += residual
     else:
-        y = _stock(x, conv, bn, first_act)
-    if residual is not None:
-        if add == "add":
-            y = y + residual
-        elif add == "iadd":
-            y += residual
-        else:
-            residual += y
-            y = residual
-    return _activate(y, act)
+        residual += y
+        y = residual
+    return y if module is None else cast(Tensor, module(y))
 
 
 def conv_bn_act_maxpool(
-    x: Tensor, conv: nn.Module, bn: nn.Module | None, act: Act, pool: Pool
+    x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, act: Act, pool: Pool
 ) -> Tensor:
     """``pool(act(bn(conv(x))))``, fused as far as modules and tensors allow.
 
@@ -91,12 +87,10 @@ def conv_bn_act_maxpool(
         act: activation before the pooling.
         pool: the pooling.
     """
-    if _is_traced(x):
+    if type(x) is not Tensor and _is_traced(x):
         return _record(conv_bn_act_maxpool, x, conv, bn, act, pool)
-    pooling = pool_module(pool)
-    if _is_fusable_input(x):
-        return functional.conv_bn_act_maxpool(x, _as_conv(conv), bn, _module(act), pooling)
-    return cast(Tensor, pooling(_stock(x, conv, bn, act)))
+    module = _RELU if act == "relu" else act
+    return functional.conv_bn_act_maxpool(x, conv, bn, module, pool_module(pool))
 
 
 def add_relu(a: Any, b: Any, act: Act = "relu", *, inplace: bool = False) -> Tensor:
@@ -134,19 +128,6 @@ def _is_traced(value: object) -> bool:
     return isinstance(value, fx.Proxy)
 
 
-def _is_fusable_input(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_floating_point()
-
-
-def _as_conv(module: nn.Module) -> nn.Conv2d:
-    """The functional layer asks itself whether the module is a convolution that it knows."""
-    return cast(nn.Conv2d, module)
-
-
-def _module(act: Act) -> nn.Module | None:
-    return _RELU if isinstance(act, str) else act
-
-
 def _is_relu(act: Act) -> bool:
     return isinstance(act, str) or (type(act) is nn.ReLU and not functional._has_hooks(act))
 
@@ -157,31 +138,25 @@ def _activate(y: Tensor, act: Act) -> Tensor:
     return torch.relu(y) if isinstance(act, str) else cast(Tensor, act(y))
 
 
-def _stock(x: Tensor, conv: nn.Module, bn: nn.Module | None, act: Act) -> Tensor:
-    y = conv(x)
-    return _activate(y if bn is None else bn(y), act)
-
-
 def _fits(residual: Any, x: Tensor, conv: nn.Module) -> bool:
     """Whether ``residual`` has the very shape, dtype and device of the result of ``conv``."""
     if not isinstance(residual, Tensor) or not isinstance(conv, nn.Conv2d):
         return False
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    if residual.dtype != dtype or residual.device != x.device or residual.dim() != 4:
+    dtype, device = x.dtype, x.device
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    shape, size = residual.shape, x.shape
+    if residual.dtype != dtype or residual.device != device or not dtype.is_floating_point:
         return False
-    if residual.shape[0] != x.shape[0] or residual.shape[1] != conv.out_channels:
+    if len(shape) != 4 or len(size) != 4 or shape[:2] != (size[0], conv.out_channels):
         return False
-    for i in (0, 1):
-        padding: int | str = conv.padding if isinstance(conv.padding, str) else conv.padding[i]
-        size = x.shape[2 + i]
-        if padding != "same":
-            pad = 0 if isinstance(padding, str) else padding
-            size = conv_out_size(size, conv.kernel_size[i], conv.stride[i], pad, conv.dilation[i])
-        if residual.shape[2 + i] != size:
-            return False
-    return True
+    if conv.padding == "same":
+        return shape[2:] == size[2:]
+    pad: Any = (0, 0) if conv.padding == "valid" else conv.padding
+    kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
+    return shape[2] == conv_out_size(size[2], kernel[0], stride[0], pad[0], dilation[0]) and shape[
+        3
+    ] == conv_out_size(size[3], kernel[1], stride[1], pad[1], dilation[1])
 
 
 _pools: dict[tuple[Any, Any, Any], nn.Module] = {}
