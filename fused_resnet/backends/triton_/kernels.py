@@ -16,7 +16,7 @@ from fused_resnet.problem import AddReluProblem, ConvProblem, MaxPool
 from .config import Arch, heuristic, padded_channels, stem_pool_tile
 from .device import arch_of, on_device, precision_of, refusal
 from .launch import bind
-from .layout import channels_last, vector
+from .layout import channels_last, nearest_tf32, vector
 from .paths import Path, StemPoolPath, Weights, make_path
 from .plans import add_relu_launch, flat_unit
 
@@ -57,6 +57,9 @@ class _TritonConvolution(PackedKernel):
         if path is None:
             with on_device(device):
                 path = self._make(problem, self._arch or arch_of(device), key[2], device)
+            # The interpreter on the CPU multiplies in fp32 whatever is asked for.
+            tf32 = problem.dtype == torch.float32 and key[2] == "tf32"
+            path.tf32 = tf32 and device.type == "cuda"
             if len(self._paths) >= _MAX_PATHS:
                 self._paths.pop(next(iter(self._paths)), None)
             self._paths[key] = path
@@ -69,12 +72,13 @@ class _TritonConvolution(PackedKernel):
         return packed
 
     def pack_key(self, problem: Any) -> Hashable:
-        """The layout of a path."""
-        layout: Hashable = problem.layout
-        return layout
+        """The layout of a path, and how its weights are rounded."""
+        return problem.layout, problem.tf32
 
     def prepare(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> _Packed:
         """Weights in the layout of a path, scale and shift as aligned fp32 arrays."""
+        if problem.tf32:
+            weight = nearest_tf32(weight)
         return _Packed(problem.pack(weight), vector(scale), vector(shift))
 
     def run(

@@ -27,6 +27,9 @@ Weights: TypeAlias = "Tensor | TensorDescriptor"
 class Path(ABC):
     """One formulation for one problem on one device, which must be current."""
 
+    #: Whether tensor cores read the packed weights as tf32.
+    tf32 = False
+
     @property
     @abstractmethod
     def layout(self) -> Hashable:
