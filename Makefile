@@ -71,7 +71,7 @@ format: $(DONE)/dev
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist *.egg-info fused_resnet/_C*.so
+	rm -rf build dist .cache *.egg-info fused_resnet/_C*.so
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find fused_resnet tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2> /dev/null || true
 
