@@ -678,3 +678,29 @@ def test_cudnn_on_a_gpu(epilogue: str, groups: int) -> None:
         assert backends.verdict(library.CudnnConv(), cuda, torch.float32) is None
         actual = library.CudnnConv().run(p, *args)
         assert_within_rule(actual, reference(p, args), stock(p, args), p.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize(
+    "kernel_", [k for k in library.KERNELS if k.op == "conv_affine_act"], ids=str
+)
+def test_nan_and_infinity_pass_as_in_torch(kernel_, epilogue: str, dtype: torch.dtype) -> None:
+    p = ConvProblem(2, 8, 9, 9, 16, 3, 3, (1, 1), (1, 1), (1, 1), 1, epilogue, dtype)
+    if kernel_.supports(p, CPU) is not None:
+        pytest.skip(f"not supported: {kernel_.supports(p, CPU)}")
+    x = torch.randn(2, 8, 9, 9).to(dtype).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 4, 4], x[1, 1, 2, 2] = float("nan"), float("inf")
+    r = torch.randn(2, 16, 9, 9).to(dtype).contiguous(memory_format=torch.channels_last)
+    args = (
+        x,
+        torch.randn(16, 8, 3, 3).to(dtype),
+        torch.rand(16) + 0.5,
+        torch.randn(16),
+        r if "add" in epilogue else None,
+    )
+    found, expected = kernel_.run(p, *args), torch_.AtenConv().run(p, *args)
+    assert expected.isnan().any()
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.isposinf(), expected.isposinf())
+    assert torch.equal(found.isneginf(), expected.isneginf())

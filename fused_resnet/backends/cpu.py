@@ -33,6 +33,14 @@ def affine_act_(
     return y
 
 
+def add_relu_(y: Tensor, residual: Tensor) -> Tensor:
+    """``relu(y + residual)`` into y, in one compiled pass where the two lie alike in memory."""
+    if _build.extension is None or y.stride() != residual.stride():
+        return finish(y, residual, "add_relu")
+    _build.extension.add_relu(y, residual, True)
+    return y
+
+
 class NativeAddRelu(Kernel):
     """Vectorised ``relu(a + b)``: two reads and one write of every element, fp32 arithmetic."""
 

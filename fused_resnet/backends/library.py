@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.cpu import affine_act_
+from fused_resnet.backends.cpu import add_relu_, affine_act_
 from fused_resnet.backends.kernel import Kernel, PackedKernel
 from fused_resnet.backends.torch_ import finish
 from fused_resnet.problem import ConvProblem
@@ -85,17 +85,16 @@ class OneDnnConv(PackedKernel):
         if packed.bias is None:
             z: Tensor = conv.default(x, packed.weight, None, *geometry, "none", [], "")
             return affine_act_(z, scale, shift, residual, p.epilogue)
-        if p.epilogue in ("add", "add_relu") and p.dtype == torch.float32:
-            act = "relu" if p.epilogue == "add_relu" else None
+        if p.epilogue == "add" and p.dtype == torch.float32:
             fused: Tensor = conv.binary(
-                x, residual, packed.weight, packed.bias, *geometry, "add", 1.0, act, [], ""
+                x, residual, packed.weight, packed.bias, *geometry, "add", 1.0, None, [], ""
             )
             return fused
-        act = "relu" if p.epilogue.startswith("relu") else "none"
-        y: Tensor = conv.default(x, packed.weight, packed.bias, *geometry, act, [], "")
-        if residual is None:
-            return y
-        return finish(y, residual, "add" if p.epilogue == "add" else "add_relu")
+        # The ReLU stays outside: oneDNN's post-operation makes 0 of a NaN, which torch keeps.
+        y: Tensor = conv.default(x, packed.weight, packed.bias, *geometry, "none", [], "")
+        if p.epilogue == "add_relu":
+            return add_relu_(y, residual)
+        return finish(y, residual, p.epilogue)
 
 
 class OneDnnStem(OneDnnConv):
