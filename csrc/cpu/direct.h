@@ -5,9 +5,9 @@
 //
 // Layout of the weights: panels of as many output channels as a tile is wide, in each of them
 // [tap][C / groups][channels of the panel], so that a tile reads its panel once from end to end.
-// Schedule: a block of pixels (table and sums stay in cache) x panel x slice of the reduction x tile
-// of pixels, whose sums stay in registers for the whole slice. Scale, shift, residual and ReLU are
-// applied to the registers of the last slice.
+// Schedule: a block of pixels (table and sums stay in cache) x panel x slice of the reduction x
+// tile of pixels, whose sums stay in registers for the whole slice. Scale, shift, residual and ReLU
+// are applied to the registers of the last slice.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,7 @@
 // Direct convolution in AVX2 and FMA; bf16 is widened to fp32.
 
 #include "cpu/direct_conv.h"
+#include "cpu/stem_conv.h"
 #include "cpu/vec_avx2.h"
 
 namespace fused_resnet::cpu {
@@ -27,8 +28,6 @@ struct DirectPolicy {
 
 struct DirectFloat32 : DirectPolicy<Float32> {
   static constexpr int kStep = 1, kHalves = 1;
-  static float pack(float weight) { return weight; }
-  static float to_float(float weight) { return weight; }
   static __m256 input(const float* p, int) { return _mm256_broadcast_ss(p); }
   static __m256 last_input(const float* p, int half) { return input(p, half); }
 };
@@ -36,20 +35,12 @@ struct DirectFloat32 : DirectPolicy<Float32> {
 // A pair of channels is fetched at once; each is then half a register away from being fp32.
 struct DirectBFloat16 : DirectPolicy<BFloat16> {
   static constexpr int kStep = 2, kHalves = 2;
-  static float to_float(uint16_t weight) {
-    const uint32_t bits = uint32_t{weight} << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-  }
-  static float pack(uint16_t weight) { return to_float(weight); }
   static __m256 input(const uint16_t* p, int half) {
     int32_t pair;
     std::memcpy(&pair, p, sizeof(pair));
     const __m256i both = _mm256_set1_epi32(pair);
-    return _mm256_castsi256_ps(half == 0
-                                   ? _mm256_slli_epi32(both, 16)
-                                   : _mm256_and_si256(both, _mm256_set1_epi32(0xffff0000)));
+    return _mm256_castsi256_ps(half == 0 ? _mm256_slli_epi32(both, 16)
+                                         : _mm256_and_si256(both, _mm256_set1_epi32(0xffff0000)));
   }
   static __m256 last_input(const uint16_t* p, int half) {
     return half == 0 ? _mm256_castsi256_ps(_mm256_set1_epi32(*p << 16)) : zero();
@@ -61,5 +52,8 @@ struct DirectBFloat16 : DirectPolicy<BFloat16> {
 
 const DirectFunctions kDirectFloat32Avx2 = kDirectFunctions<avx2::DirectFloat32>;
 const DirectFunctions kDirectBFloat16Avx2 = kDirectFunctions<avx2::DirectBFloat16>;
+
+const StemFunctions kStemFloat32Avx2 = kStemFunctions<avx2::DirectFloat32>;
+const StemFunctions kStemBFloat16Avx2 = kStemFunctions<avx2::DirectBFloat16>;
 
 }  // namespace fused_resnet::cpu

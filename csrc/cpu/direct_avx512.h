@@ -26,8 +26,6 @@ struct DirectPolicy {
 struct DirectFloat32 : DirectPolicy<Float32> {
   using Weight = float;
   static constexpr int kStep = 1, kHalves = 1, kWeightsOfVector = 16;
-  static float pack(float weight) { return weight; }
-  static float to_float(float weight) { return weight; }
   static __m512 weight(const float* p) { return _mm512_loadu_ps(p); }
   static __m512 input(const float* p, int) { return _mm512_set1_ps(*p); }
   static __m512 last_input(const float* p, int half) { return input(p, half); }

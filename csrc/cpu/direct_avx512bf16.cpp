@@ -2,6 +2,7 @@
 
 #include "cpu/direct_avx512.h"
 #include "cpu/direct_conv.h"
+#include "cpu/stem_conv.h"
 
 namespace fused_resnet::cpu {
 namespace avx512 {
@@ -10,13 +11,6 @@ namespace {
 struct DirectBFloat16Dot : DirectPolicy<BFloat16> {
   using Weight = uint16_t;
   static constexpr int kStep = 2, kHalves = 1, kWeightsOfVector = 32;
-  static uint16_t pack(uint16_t weight) { return weight; }
-  static float to_float(uint16_t weight) {
-    const uint32_t bits = uint32_t{weight} << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-  }
   static __m512 weight(const uint16_t* p) { return _mm512_loadu_ps(p); }
   static __m512 input(const uint16_t* p, int) {
     int32_t pair;
@@ -35,5 +29,7 @@ struct DirectBFloat16Dot : DirectPolicy<BFloat16> {
 }  // namespace avx512
 
 const DirectFunctions kDirectBFloat16Avx512Dot = kDirectFunctions<avx512::DirectBFloat16Dot>;
+
+const StemFunctions kStemBFloat16Avx512Dot = kStemFunctions<avx512::DirectBFloat16Dot>;
 
 }  // namespace fused_resnet::cpu

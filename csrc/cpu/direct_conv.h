@@ -7,12 +7,26 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/direct.h"
 #include "cpu/direct_tile.h"
+#include "cpu/vec_generic.h"
 
 namespace fused_resnet::cpu {
 namespace {
+
+// Between the elements of tensors and packed weights: float, and uint16_t for bf16.
+template <class To, class From>
+To convert(From value) {
+  if constexpr (std::is_same_v<To, From>) {
+    return value;
+  } else if constexpr (std::is_same_v<To, float>) {
+    return generic::bfloat16_to_float(value);
+  } else {
+    return generic::float_to_bfloat16(value);
+  }
+}
 
 constexpr int64_t kCacheLine = 64;
 
@@ -99,41 +113,36 @@ class Layout {
   int64_t bundle_, panels_of_group_;
 };
 
-template <class P>
-void pack_grouped(const Layout<P>& layout, const typename P::Element* weight, std::byte* packed) {
+// Writes panels as grouped_tile reads them, `fetch` as in pack_weights.
+template <class P, class Fetch>
+void pack_grouped(const Layout<P>& layout, std::byte* packed, Fetch fetch) {
   constexpr int64_t kWidth = Layout<P>::kWidth;
-  const int64_t c = layout.c, k = layout.k, taps = layout.taps;
   auto* lanes = reinterpret_cast<int32_t*>(packed);
-  for (int64_t i = 0; i < c; ++i) {
+  for (int64_t c = 0; c < layout.c; ++c) {
     for (int64_t lane = 0; lane < kWidth; ++lane) {
-      const int64_t channel = lane / k * c + i;
-      lanes[i * kWidth + lane] = channel < kWidth ? static_cast<int32_t>(channel) : 0;
+      const int64_t channel = lane / layout.k * layout.c + c;
+      *lanes++ = channel < kWidth ? static_cast<int32_t>(channel) : 0;  // past the last group
     }
   }
   for (int64_t index = 0; index < layout.panels(); ++index) {
     const Panel panel = layout.panel(index);
     auto* out = reinterpret_cast<float*>(packed + layout.lanes_bytes() + panel.weight);
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      for (int64_t i = 0; i < c; ++i) {
+    for (int64_t tap = 0; tap < layout.taps; ++tap) {
+      for (int64_t c = 0; c < layout.c; ++c) {
         for (int64_t lane = 0; lane < kWidth; ++lane) {
-          const bool inside = lane < panel.channels;
-          const int64_t source = ((panel.k + lane) * c + i) * taps + tap;
-          *out++ = inside ? P::to_float(weight[source]) : 0.0f;
+          *out++ = lane < panel.channels ? convert<float>(fetch(panel.k + lane, c, tap)) : 0.0f;
         }
       }
     }
   }
 }
 
-template <class P>
-void pack(const ConvProblem& problem, const void* weight_data, void* packed_data) {
+// Writes panels as tile reads them. fetch(k, c, tap) gives the weight of output channel k for input
+// channel c of its group.
+template <class P, class Fetch>
+void pack_panels(const Layout<P>& layout, std::byte* packed, Fetch fetch) {
   constexpr int64_t kWidth = Layout<P>::kWidth;
   constexpr int64_t kPair = P::kStep / P::kHalves;  // channels beside each other in a lane
-  const Layout<P> layout(problem);
-  const auto* weight = static_cast<const typename P::Element*>(weight_data);
-  auto* packed = static_cast<std::byte*>(packed_data);
-  if (layout.grouped()) return pack_grouped<P>(layout, weight, packed);
-
   for (int64_t index = 0; index < layout.panels(); ++index) {
     const Panel panel = layout.panel(index);
     auto* out = reinterpret_cast<typename P::Weight*>(packed + panel.weight);
@@ -144,13 +153,23 @@ void pack(const ConvProblem& problem, const void* weight_data, void* packed_data
             for (int64_t pair = 0; pair < kPair; ++pair) {
               const int64_t c = c0 + half * kPair + pair;
               const bool inside = lane < panel.channels && c < layout.c;
-              const int64_t source = ((panel.k + lane) * layout.c + c) * layout.taps + tap;
-              *out++ = P::pack(inside ? weight[source] : typename P::Element{});
+              *out++ = inside ? convert<typename P::Weight>(fetch(panel.k + lane, c, tap))
+                              : typename P::Weight{};
             }
           }
         }
       }
     }
+  }
+}
+
+template <class P, class Fetch>
+void pack_weights(const ConvProblem& problem, void* packed, Fetch fetch) {
+  const Layout<P> layout(problem);
+  if (layout.grouped()) {
+    pack_grouped<P>(layout, static_cast<std::byte*>(packed), fetch);
+  } else {
+    pack_panels<P>(layout, static_cast<std::byte*>(packed), fetch);
   }
 }
 
@@ -247,7 +266,8 @@ class Run {
       const int64_t tap_slices = divide_up(layout_.taps, taps);
       const int64_t step_slices = taps > 1 || layout_.grouped() ? 1 : divide_up(steps, most);
       for (int64_t i = 0; i < tap_slices; ++i) {
-        const Span slice_taps = {layout_.taps * i / tap_slices, layout_.taps * (i + 1) / tap_slices};
+        const Span slice_taps = {layout_.taps * i / tap_slices,
+                                 layout_.taps * (i + 1) / tap_slices};
         for (int64_t j = 0; j < step_slices; ++j) {
           slice(pixels, panel, slice_taps, {steps * j / step_slices, steps * (j + 1) / step_slices},
                 i == 0 && j == 0, i + 1 == tap_slices && j + 1 == step_slices);
@@ -327,6 +347,15 @@ size_t direct_packed_bytes(const ConvProblem& problem) {
 }
 
 template <class P>
+void direct_pack(const ConvProblem& problem, const void* weight, void* packed) {
+  const auto* w = static_cast<const typename P::Element*>(weight);
+  const int64_t c = problem.c / problem.groups, taps = int64_t{problem.r} * problem.s;
+  pack_weights<P>(problem, packed, [=](int64_t k, int64_t channel, int64_t tap) {
+    return w[(k * c + channel) * taps + tap];
+  });
+}
+
+template <class P>
 size_t direct_scratch_bytes(const ConvProblem& problem, int threads) {
   return static_cast<size_t>(threads * Scratch<P>(problem).bytes);
 }
@@ -354,7 +383,7 @@ void direct_run(const ConvProblem& problem, const ConvArguments& arguments, cons
 template <class P>
 constexpr DirectFunctions kDirectFunctions = {
     direct_packed_bytes<P>,
-    pack<P>,
+    direct_pack<P>,
     direct_scratch_bytes<P>,
     direct_run<P>,
 };

@@ -2,6 +2,7 @@
 // architecture has (SSE2, NEON); bf16 is widened to fp32.
 
 #include "cpu/direct_conv.h"
+#include "cpu/stem_conv.h"
 #include "cpu/vec_generic.h"
 
 namespace fused_resnet::cpu {
@@ -52,8 +53,6 @@ struct Direct {
   static Float4 permute(Float4 v, Lanes lanes) {
     return Float4{v[lanes[0]], v[lanes[1]], v[lanes[2]], v[lanes[3]]};
   }
-  static float to_float(Element weight) { return Scalar::load(&weight); }
-  static float pack(Element weight) { return to_float(weight); }
   static Float4 weight(const float* p) { return V::load_param(p); }
   static Float4 input(const Element* p, int) {
     const float x = Scalar::load(p);
@@ -67,7 +66,9 @@ struct Direct {
 }  // namespace generic
 
 const DirectFunctions kDirectFloat32Generic = kDirectFunctions<generic::Direct<generic::Float32>>;
-const DirectFunctions kDirectBFloat16Generic =
-    kDirectFunctions<generic::Direct<generic::BFloat16>>;
+const DirectFunctions kDirectBFloat16Generic = kDirectFunctions<generic::Direct<generic::BFloat16>>;
+
+const StemFunctions kStemFloat32Generic = kStemFunctions<generic::Direct<generic::Float32>>;
+const StemFunctions kStemBFloat16Generic = kStemFunctions<generic::Direct<generic::BFloat16>>;
 
 }  // namespace fused_resnet::cpu

@@ -7,10 +7,9 @@
 //   P::kStep              input channels that are multiplied together
 //   P::kHalves            multiplications for them
 //   P::kWeightsOfVector   weights that one of these multiplies with one vector of sums
-//   P::pack               a weight of the convolution as it is packed
 //   P::kVectors           vectors of output channels in a panel
-//   P::rows(vectors)      pixels of a tile that is so many vectors wide, by what registers there are
-//   P::kGroupedRows       pixels of a grouped tile, which holds their input in registers too
+//   P::rows(vectors)      pixels of a tile that is so many vectors wide, by what registers there
+//   are P::kGroupedRows       pixels of a grouped tile, which holds their input in registers too
 //   P::zero, P::weight    an empty sum; a vector of weights
 //   P::input<half>        input channels of one step, the same in each lane
 //   P::last_input<half>   the same for a last step that lacks channels
@@ -56,8 +55,8 @@ struct TileTask {
   const float* shift;
   const typename P::Element* residual;  // null where there is none
   typename P::Element* y;
-  int64_t y_stride;     // elements from pixel to pixel, of the residual too
-  int64_t k;            // output channels of the panel
+  int64_t y_stride;  // elements from pixel to pixel, of the residual too
+  int64_t k;         // output channels of the panel
   bool relu_before_add, relu_after_add;
 };
 
@@ -146,8 +145,7 @@ inline __attribute__((always_inline)) void finish_sums(const TileTask<P>& task,
 template <class P, int kRows, int kVectors, bool kComplete>
 inline __attribute__((always_inline)) void step(Sums<P, kRows, kVectors>& sums,
                                                 const typename P::Element* const* input,
-                                                int64_t channel,
-                                                const typename P::Weight* weight) {
+                                                int64_t channel, const typename P::Weight* weight) {
   constexpr int kVector = P::kWeightsOfVector;
 #pragma GCC unroll 2
   for (int half = 0; half < P::kHalves; ++half, weight += kVectors * kVector) {
@@ -156,8 +154,8 @@ inline __attribute__((always_inline)) void step(Sums<P, kRows, kVectors>& sums,
     for (int j = 0; j < kVectors; ++j) w[j] = P::weight(weight + j * kVector);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const auto x = kComplete ? P::input(input[i] + channel, half)
-                               : P::last_input(input[i] + channel, half);
+      const auto x =
+          kComplete ? P::input(input[i] + channel, half) : P::last_input(input[i] + channel, half);
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sums[i][j] = P::multiply_add(x, w[j], sums[i][j]);
     }
