@@ -259,9 +259,9 @@ class Run {
                pixels.begin, pixels.size(), table);
     for (int64_t index = panels.begin; index < panels.end; ++index) {
       const Panel panel = layout_.panel(index);
-      // Slices of the reduction whose weights stay in a cache: several taps or a part of one.
-      const int64_t steps = layout_.steps();
-      const int64_t most = std::max<int64_t>(1, kSliceBytes / layout_.step_bytes(panel.vectors));
+      // Slices of the reduction: several taps, or a part of one.
+      const int64_t steps = layout_.steps(), step = layout_.grouped() ? 1 : P::kStep;
+      const int64_t most = std::max<int64_t>(1, kSliceChannels / step);
       const int64_t taps = std::min(layout_.taps, std::max<int64_t>(1, most / steps));
       const int64_t tap_slices = divide_up(layout_.taps, taps);
       const int64_t step_slices = taps > 1 || layout_.grouped() ? 1 : divide_up(steps, most);
@@ -284,13 +284,13 @@ class Run {
     const int64_t count = pixels.size();
     auto** table = reinterpret_cast<const Element**>(scratch_ + parts_.table);
     auto* sums = reinterpret_cast<float*>(scratch_ + parts_.sums);
-    const int64_t kStep = layout_.grouped() ? 1 : P::kStep;
+    const int64_t step = layout_.grouped() ? 1 : P::kStep;
 
     TileTask<P> task;
     task.row_stride = count;
     task.taps = taps.size();
-    task.offset = panel.c + steps.begin * kStep;
-    task.channels = std::min(steps.end * kStep, layout_.c) - steps.begin * kStep;
+    task.offset = panel.c + steps.begin * step;
+    task.channels = std::min(steps.end * step, layout_.c) - steps.begin * step;
     task.weight = reinterpret_cast<const typename P::Weight*>(weight);
     task.lanes = reinterpret_cast<const int32_t*>(packed);
     task.span = layout_.grouped() ? layout_.span(panel) : 0;
@@ -330,8 +330,10 @@ class Run {
     }
   }
 
-  // Bytes of weights that pass by all tiles of a block before the next ones do.
-  static constexpr int64_t kSliceBytes = 300 << 10;
+  // Products in one chain of fp32 additions, whose error grows with its length: slices are summed
+  // apart and then added. Their weights (64 KiB of AVX-512's) stay near in the cache while all
+  // tiles of a block pass by.
+  static constexpr int64_t kSliceChannels = 256;
 
   const ConvProblem& p_;
   const ConvArguments& a_;
