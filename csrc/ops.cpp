@@ -1,5 +1,5 @@
-// The compiled extension fused_resnet._C, and the only file that sees torch: it checks tensors,
-// hands raw pointers to the kernels, and divides their work among torch's threads.
+// The compiled extension fused_resnet._C, and with call_guard.cpp the only file that sees torch: it
+// checks tensors, hands raw pointers to the kernels, and divides their work among torch's threads.
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "call_guard.h"
 #include "conv_problem.h"
 #include "cpu/add_relu.h"
 #include "cpu/affine_act.h"
@@ -516,6 +517,7 @@ PYBIND11_MODULE(_C, m) {
         "A key that changes when one of the tensors does; None if one keeps no version.");
   m.def("layout_of", &layout_of, py::arg("tensors"),
         "Shape, strides, dtype, device and layout of all tensors as one key.");
+  bind_call_guard(m);
   m.def(
       "isa", [] { return cpu::isa_name(cpu::current_isa()); },
       "The instruction-set level in use: generic, avx2 or avx512.");
