@@ -1,4 +1,5 @@
-#include "call_guard.h"
+// Whether a call of a fused convolution is the one that was prepared before: same modules in the
+// same state, a tensor of the same layout, nothing that would have to see the call.
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
@@ -12,6 +13,8 @@
 #include <cstring>
 #include <optional>
 #include <vector>
+
+#include "ops.h"
 
 namespace py = pybind11;
 
