@@ -282,13 +282,14 @@ WinogradPlan WinogradKernel::plan_of(const ConvProblem& p, Element element, int 
         largest, plan.grid.share_begin(b + 1, plan.blocks) - plan.grid.share_begin(b, plan.blocks));
   }
   // One cache line more than whole tiles: the points of a tile would else share cache sets.
-  plan.v_point_stride = largest * plan.tile_stride + 64 / operand;
-  plan.m_point_stride = largest * plan.panel + 16;
+  plan.v_point_stride = largest * plan.tile_stride + kLine * 4 / operand;
+  plan.m_point_stride = largest * plan.panel + kLine;
   const int64_t m_panel = points * plan.m_point_stride;
   plan.m_panel_stride = plan.cooperative ? m_panel : 0;
   plan.v_bytes = round_up(points * plan.v_point_stride * operand, 64);
   plan.m_bytes = round_up(m_panel * 4, 64) * (plan.cooperative ? all_panels_ : 1);
-  plan.u_bytes = compact_ ? int64_t{2} * plan.points * kCompactChannels * plan.panel * 4 : 0;
+  plan.u_bytes =
+      compact_ ? int64_t{2} * plan.points * (kCompactChannels * plan.panel + kLine) * 4 : 0;
   return plan;
 }
 

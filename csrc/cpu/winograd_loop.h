@@ -136,8 +136,11 @@ class Winograd {
   using Register = typename Vec::Register;
   using Operand = typename Math::Operand;
   static constexpr int kPoints = P::kTile + 2;
+  static constexpr int kPairs = kPoints / 2;
   static constexpr int kWidth = Vec::kWidth;
   static constexpr int kPanel = Math::kColumns * kWidth;
+  // Between the points of U. A cache line more than whole rows: the points would else share sets.
+  static constexpr int64_t kUStride = kCompactChannels * kPanel + kLine;
 
   Winograd(const WinogradPlan& plan, const ConvArguments& arguments, Operand* v, float* m, float* u)
       : plan_(plan), p_(plan.problem), arguments_(arguments), v_(v), m_(m), u_(u) {}
@@ -156,7 +159,7 @@ class Winograd {
       transform_inputs(tiles, {0, tiles.size() * all_input_vectors()});
       for (int64_t panel = 0; panel < all_panels(); ++panel) {
         if constexpr (kCompact) {
-          for (int pair = 0; pair < kPoints / 2; ++pair) multiply_compact(tiles, panel, pair);
+          multiply_compact(tiles, panel, {0, kPairs});
         } else {
           for (int point = 0; point < kPoints * kPoints; ++point) {
             multiply_point(tiles, panel, point);
@@ -178,9 +181,9 @@ class Winograd {
       transform_inputs(tiles, share(tiles.size() * all_input_vectors(), team));
       team.sync();
       if constexpr (kCompact) {
-        const Range units = share(all_panels() * (kPoints / 2), team);
-        for (int64_t unit = units.begin; unit < units.end; ++unit) {
-          multiply_compact(tiles, unit / (kPoints / 2), static_cast<int>(unit % (kPoints / 2)));
+        const Range units = share(all_panels() * kPairs, team);
+        for (int64_t panel = units.begin / kPairs; panel * kPairs < units.end; ++panel) {
+          multiply_compact(tiles, panel, part(units, panel * kPairs, kPairs));
         }
       } else {
         multiply_share(tiles, team);
@@ -192,6 +195,12 @@ class Winograd {
 
   static Range share(int64_t n, const Team& team) {
     return {n * team.rank / team.size, n * (team.rank + 1) / team.size};
+  }
+
+  // What a range has of [first, first + count), counted from there.
+  static Range part(Range range, int64_t first, int64_t count) {
+    const int64_t begin = range.begin - first, end = range.end - first;
+    return {begin > 0 ? begin : 0, end < count ? end : count};
   }
 
   // ---- input ------------------------------------------------------------------------------------
@@ -322,56 +331,57 @@ class Winograd {
     }
   }
 
-  // The products of two rows of points, 2 `pair` and 2 `pair` + 1 along y, with weights transformed
-  // here, some channels at a time: U[2][point along x][channel][column] stays in the cache.
-  void multiply_compact(Range tiles, int64_t panel, int pair) const {
+  // The products of points 2 `pair` and 2 `pair` + 1 along y, for the pairs in a range, with
+  // weights transformed here: some channels at a time, so that they are read once and their
+  // U[2][point along x][channel][column] stays in the cache.
+  void multiply_compact(Range tiles, int64_t panel, Range pairs) const {
     const int vectors = panel_vectors(panel);
-    const int64_t chunk = kCompactChannels, point_stride = chunk * kPanel;
     const Element* weight = static_cast<const Element*>(arguments_.weight) +
                             panel * (int64_t{plan_.channels} * 9 * kPanel);
-    for (int64_t c = 0; c < plan_.channels; c += chunk) {
-      const int64_t steps = plan_.channels - c < chunk ? plan_.channels - c : chunk;
-      dispatch_size<kPoints / 2>(pair + 1, [&](auto pairs) __attribute__((always_inline)) {
-        for (int64_t i = 0; i < steps; ++i) {
-          for (int v = 0; v < vectors; ++v) {
-            transform_weights<pairs - 1>(weight + (c + i) * 9 * kPanel + v * kWidth,
-                                         u_ + i * kPanel + v * kWidth, point_stride);
-          }
+    for (int64_t c = 0; c < plan_.channels; c += kCompactChannels) {
+      const int64_t left = plan_.channels - c;
+      const int64_t steps = left < kCompactChannels ? left : kCompactChannels;
+      for (int64_t pair = pairs.begin; pair < pairs.end; ++pair) {
+        dispatch_size<kPairs>(static_cast<int>(pair) + 1, [&](auto one_more) {
+          transform_weights<one_more - 1>(weight + c * 9 * kPanel, steps, vectors);
+        });
+        for (int i = 0; i < 2 * kPoints; ++i) {
+          const int point = static_cast<int>(pair) * 2 * kPoints + i;
+          const Range rows = with_point(tiles, point);
+          if (rows.size() == 0) continue;
+          const int64_t first = rows.begin - tiles.begin;
+          multiply<Math>(rows.size(), vectors, steps, v_rows(panel, point, first) + c,
+                         plan_.tile_stride, u_ + i * kUStride, m_rows(panel, point, first), c > 0);
         }
-      });
-      for (int i = 0; i < 2 * kPoints; ++i) {
-        const int point = 2 * pair * kPoints + i;
-        const Range rows = with_point(tiles, point);
-        if (rows.size() == 0) continue;
-        const int64_t first = rows.begin - tiles.begin;
-        multiply<Math>(rows.size(), vectors, steps, v_rows(panel, point, first) + c,
-                       plan_.tile_stride, u_ + i * point_stride, m_rows(panel, point, first),
-                       c > 0);
       }
     }
   }
 
-  // Rows 2 kPair and 2 kPair + 1 of G g G^T for one vector of output channels; g: [9][panel].
+  // Rows 2 kPair and 2 kPair + 1 of G g G^T; g: [steps][3 x 3][panel].
   template <int kPair>
-  FUSED_RESNET_INLINE static void transform_weights(const Element* g, float* u,
-                                                    int64_t point_stride) {
-    Register half[2][3];
-    unroll<3>([&](auto s) __attribute__((always_inline)) {
-      Register taps[3], t[4];
-      unroll<3>([&](auto r) __attribute__((always_inline)) {
-        taps[r] = Vec::load(g + (3 * r + s) * kPanel);
-      });
-      transform<Math, FilterRows<P, kPair>>(taps, t);
-      half[0][s] = t[2];
-      half[1][s] = t[3];
-    });
-    unroll<2>([&](auto i) __attribute__((always_inline)) {
-      Register t[kPoints];
-      transform<Math, FilterMatrix<P>>(half[i], t);
-      unroll<kPoints>([&](auto j) __attribute__((always_inline)) {
-        Math::store_float(u + (i * kPoints + j) * point_stride, t[j]);
-      });
-    });
+  void transform_weights(const Element* g, int64_t steps, int vectors) const {
+    for (int64_t i = 0; i < steps; ++i, g += 9 * kPanel) {
+      for (int v = 0; v < vectors; ++v) {
+        Register half[2][3];
+        unroll<3>([&](auto s) __attribute__((always_inline)) {
+          Register taps[3], t[4];
+          unroll<3>([&](auto r) __attribute__((always_inline)) {
+            taps[r] = Vec::load(g + (3 * r + s) * kPanel + v * kWidth);
+          });
+          transform<Math, FilterRows<P, kPair>>(taps, t);
+          half[0][s] = t[2];
+          half[1][s] = t[3];
+        });
+        unroll<2>([&](auto row) __attribute__((always_inline)) {
+          Register t[kPoints];
+          transform<Math, FilterMatrix<P>>(half[row], t);
+          float* u = u_ + row * kPoints * kUStride + i * kPanel + v * kWidth;
+          unroll<kPoints>([&](auto j) __attribute__((always_inline)) {
+            Math::store_float(u + j * kUStride, t[j]);
+          });
+        });
+      }
+    }
   }
 
   // ---- output -----------------------------------------------------------------------------------
@@ -384,9 +394,8 @@ class Winograd {
     for (int64_t panel = 0; panel < all_panels(); ++panel) {
       const int64_t vectors = panel_vectors(panel);
       for (int64_t t = tiles.begin; t < tiles.end; ++t, done += vectors) {
-        const int64_t begin = mine.begin > done ? mine.begin - done : 0;
-        const int64_t end = mine.end < done + vectors ? mine.end - done : vectors;
-        if (begin < end) transform_outputs(tiles, t, panel, {begin, end});
+        const Range here = part(mine, done, vectors);
+        if (here.size() > 0) transform_outputs(tiles, t, panel, here);
       }
     }
   }

@@ -13,6 +13,8 @@ namespace fused_resnet::cpu {
 // where a panel has 64 columns, next to the operands in the second-level cache.
 constexpr int32_t kCompactChannels = 32;
 
+constexpr int32_t kLine = 16;  // floats in a cache line
+
 struct Range {
   int64_t begin, end;
 
