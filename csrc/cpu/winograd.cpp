@@ -61,10 +61,22 @@ int64_t TileGrid::share_begin(int64_t part, int64_t parts) const {
   return count();
 }
 
+int64_t TileGrid::most_tiles(int64_t shares) const {
+  int64_t fewest_points = int64_t{m_ + 2} * (m_ + 2);
+  for (int i = 0; i < kClasses; ++i) {
+    if (begin_[i + 1] > begin_[i]) fewest_points = std::min(fewest_points, classes_[i].points());
+  }
+  return std::min(count(), work() / shares / fewest_points + 2);
+}
+
 namespace {
 
+constexpr int64_t divide_up(int64_t value, int64_t divisor) {
+  return (value + divisor - 1) / divisor;
+}
+
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
+  return divide_up(value, multiple) * multiple;
 }
 
 // Of one core. The least of current server CPUs where the system does not say.
@@ -193,9 +205,14 @@ class WinogradKernel final : public ConvKernel {
   }
 
   size_t scratch_bytes(const ConvProblem& p, Element element, int threads) const override {
-    const WinogradPlan plan = plan_of(p, element, threads);
-    const int64_t areas = plan.cooperative ? 1 : threads;
-    return static_cast<size_t>(areas * (plan.v_bytes + plan.m_bytes) + threads * plan.u_bytes);
+    // A team may turn out smaller than was asked for, and then be divided otherwise.
+    int64_t most = 0;
+    for (int size = 1; size <= threads; ++size) {
+      const WinogradPlan plan = plan_of(p, element, size);
+      const int64_t areas = plan.cooperative ? 1 : size;
+      most = std::max(most, areas * (plan.v_bytes + plan.m_bytes) + size * plan.u_bytes);
+    }
+    return static_cast<size_t>(most);
   }
 
   void run(const ConvProblem& p, Element element, const ConvArguments& arguments,
@@ -253,70 +270,83 @@ WinogradPlan WinogradKernel::plan_of(const ConvProblem& p, Element element, int 
   plan.tile_stride = p.groups * plan.group_stride;
   plan.u_panel_stride = panel_elements(p, element);
 
-  const int64_t points = int64_t{plan.points} * plan.points, all_panels_ = all_panels(p, element);
+  const int64_t points = int64_t{plan.points} * plan.points;
+  const int64_t panels = all_panels(p, element);
   const int64_t operand = code.bfloat16_math ? 2 : 4;
   const int64_t tiles = plan.grid.count();
   const int64_t v_tile = points * plan.tile_stride * operand;  // bytes of one tile
   const int64_t m_tile = points * plan.panel * 4;
 
-  // Alone, V and one panel of M take half of the cache: weights pass through the rest.
+  // Alone, V and one panel of M take half of a core's cache, and weights pass through the rest;
+  // fewer tiles than two register tiles would not pay for the passage.
   const int64_t cache = second_level_cache();
-  const char* e1 = getenv("WTB");
-  const char* e2 = getenv("WCO");
-  const char* e3 = getenv("WSB");
-  int64_t alone = std::max<int64_t>(cache / 2 / (v_tile + m_tile), 12);
-  if (e1) alone = atoi(e1);
-  const int64_t alone_blocks = round_up((tiles + alone - 1) / alone, threads);
-  plan.cooperative = threads > 1 && (e2 ? atoi(e2) : tiles < threads * 16);
-  if (plan.cooperative) {
-    const int64_t most =
-        std::max<int64_t>((e3 ? atoi(e3) : 16) * (1 << 20) / (v_tile + m_tile * all_panels_), 12);
-    plan.blocks = (tiles + most - 1) / most;
-  } else {
-    plan.blocks = alone_blocks;
-  }
+  const int64_t alone = std::max<int64_t>(cache / 2 / (v_tile + m_tile), 2 * code.rows);
+  const int64_t alone_blocks = round_up(divide_up(tiles, alone), threads);
+  // Together, V and M of a block lie in the caches of all cores and in the one they share.
+  const int64_t together_tile = v_tile + m_tile * panels;
+  const int64_t together = std::max<int64_t>(4 * cache * threads / together_tile, 2 * code.rows);
+  const int64_t together_blocks = divide_up(tiles, together);
 
-  int64_t largest = 0;  // tiles of a block
-  for (int64_t b = 0; b < plan.blocks; ++b) {
-    largest = std::max(
-        largest, plan.grid.share_begin(b + 1, plan.blocks) - plan.grid.share_begin(b, plan.blocks));
-  }
+  // What each way moves between a thread and the memory beyond its own cache: the weights once for
+  // every block, unless they stay; and together also V and M, written and read.
+  const int64_t weights = static_cast<int64_t>(packed_bytes(p, element));
+  const bool weights_stay = weights <= cache / 2;
+  const int64_t alone_bytes = weights * (weights_stay ? 1 : alone_blocks / threads);
+  const int64_t together_bytes =
+      (weights * (weights_stay ? 1 : together_blocks) + 2 * tiles * together_tile) / threads;
+  plan.cooperative = threads > 1 && (tiles < threads || together_bytes < alone_bytes);
+  plan.blocks = plan.cooperative ? together_blocks : alone_blocks;
+
+  const int64_t largest = plan.grid.most_tiles(plan.blocks);
   // One cache line more than whole tiles: the points of a tile would else share cache sets.
   plan.v_point_stride = largest * plan.tile_stride + kLine * 4 / operand;
   plan.m_point_stride = largest * plan.panel + kLine;
   const int64_t m_panel = points * plan.m_point_stride;
   plan.m_panel_stride = plan.cooperative ? m_panel : 0;
   plan.v_bytes = round_up(points * plan.v_point_stride * operand, 64);
-  plan.m_bytes = round_up(m_panel * 4, 64) * (plan.cooperative ? all_panels_ : 1);
+  plan.m_bytes = round_up(m_panel * 4, 64) * (plan.cooperative ? panels : 1);
   plan.u_bytes =
       compact_ ? int64_t{2} * plan.points * (kCompactChannels * plan.panel + kLine) * 4 : 0;
   return plan;
 }
 
-template <const WinogradCodes& kCodes, const WinogradCode& kWinograd2BFloat16>
-std::span<const ConvKernel* const> kernels_of() {
-  static const WinogradKernel two("winograd2", 2, false, kCodes.winograd2_float32,
-                                  kWinograd2BFloat16);
-  static const WinogradKernel four("winograd4", 4, false, kCodes.winograd4_float32,
-                                   kCodes.winograd4_bfloat16);
-  static const WinogradKernel compact("winograd4_compact", 4, true, kCodes.compact_float32,
-                                      kCodes.compact_bfloat16);
-  static const ConvKernel* const kernels[] = {&two, &four, &compact};
-  return kernels;
+// The code of one level; F(2x2, 3x3) on bf16 also where the CPU multiplies bf16.
+const WinogradCodes& codes_of(Isa isa) {
+#if defined(FUSED_RESNET_X86)
+  if (isa == Isa::kAvx512) return kWinogradAvx512;
+  if (isa == Isa::kAvx2) return kWinogradAvx2;
+#endif
+  static_cast<void>(isa);
+  return kWinogradGeneric;
+}
+
+const WinogradCode& winograd2_bfloat16(Isa isa) {
+#if defined(FUSED_RESNET_X86)
+  if (isa == Isa::kAvx512 && cpu_features().avx512_bf16) return kWinograd2Avx512Bf16;
+#endif
+  return codes_of(isa).winograd2_bfloat16;
+}
+
+template <Isa kIsa>
+std::array<const ConvKernel*, 3> kernels_of() {
+  const WinogradCodes& codes = codes_of(kIsa);
+  static const WinogradKernel two("winograd2", 2, false, codes.winograd2_float32,
+                                  winograd2_bfloat16(kIsa));
+  static const WinogradKernel four("winograd4", 4, false, codes.winograd4_float32,
+                                   codes.winograd4_bfloat16);
+  static const WinogradKernel compact("winograd4_compact", 4, true, codes.compact_float32,
+                                      codes.compact_bfloat16);
+  return {&two, &four, &compact};
 }
 
 }  // namespace
 
-std::span<const ConvKernel* const> winograd_kernels(Isa isa) {
+std::array<const ConvKernel*, 3> winograd_kernels(Isa isa) {
 #if defined(FUSED_RESNET_X86)
-  if (isa == Isa::kAvx512 && cpu_features().avx512_bf16) {
-    return kernels_of<kWinogradAvx512, kWinograd2Avx512Bf16>();
-  }
-  if (isa == Isa::kAvx512) return kernels_of<kWinogradAvx512, kWinogradAvx512.winograd2_bfloat16>();
-  if (isa == Isa::kAvx2) return kernels_of<kWinogradAvx2, kWinogradAvx2.winograd2_bfloat16>();
+  if (isa == Isa::kAvx512) return kernels_of<Isa::kAvx512>();
+  if (isa == Isa::kAvx2) return kernels_of<Isa::kAvx2>();
 #endif
-  static_cast<void>(isa);
-  return kernels_of<kWinogradGeneric, kWinogradGeneric.winograd2_bfloat16>();
+  return kernels_of<Isa::kGeneric>();
 }
 
 }  // namespace fused_resnet::cpu

@@ -8,13 +8,13 @@
 // the definition (fused_resnet/backends/cpu.py tells them), so a caller chooses them knowingly.
 #pragma once
 
-#include <span>
+#include <array>
 
 #include "cpu/conv_kernel.h"
 
 namespace fused_resnet::cpu {
 
-// The kernels compiled for `isa`. They live as long as the process.
-std::span<const ConvKernel* const> winograd_kernels(Isa isa);
+// The three, as compiled for `isa`. They live as long as the process.
+std::array<const ConvKernel*, 3> winograd_kernels(Isa isa);
 
 }  // namespace fused_resnet::cpu

@@ -36,6 +36,6 @@ struct WinogradBf16Products : FloatMath {
 }  // namespace avx512
 
 const WinogradCode kWinograd2Avx512Bf16 = {
-    Winograd<Points2, avx512::BFloat16, avx512::WinogradBf16Products>::run, 64, 16, 2, true};
+    Winograd<Points2, avx512::BFloat16, avx512::WinogradBf16Products>::run, 6, 64, 16, 2, true};
 
 }  // namespace fused_resnet::cpu

@@ -471,7 +471,7 @@ template <class Float32, class BFloat16, class Math>
 constexpr WinogradCodes winograd_codes() {
   using Products = Float32Products<Math>;
   constexpr auto code = [](WinogradRun run) {
-    return WinogradCode{run, Math::kColumns * Math::kWidth, Math::kWidth, 1, false};
+    return WinogradCode{run, Math::kRows, Math::kColumns * Math::kWidth, Math::kWidth, 1, false};
   };
   return {
       code(Winograd<Points2, Float32, Products>::run),

@@ -48,8 +48,8 @@ class TileGrid {
   // The first tile of share `part` of `parts`, equal by the number of points of their tiles.
   int64_t share_begin(int64_t part, int64_t parts) const;
 
-  // The number of points, summed over all tiles.
-  int64_t work() const;
+  // No share of `shares` has more tiles.
+  int64_t most_tiles(int64_t shares) const;
 
  private:
   static constexpr int kClasses = 4;
@@ -57,6 +57,9 @@ class TileGrid {
     int32_t rows, columns, y, x, height, width;
     int64_t points() const { return int64_t{height + 2} * (width + 2); }
   };
+
+  int64_t work() const;  // the number of points, summed over all tiles
+
   int32_t m_;
   int32_t low_, narrow_;  // height and width of the smaller tiles, 0 if there are none
   Class classes_[kClasses];
@@ -88,6 +91,7 @@ using WinogradRun = void (*)(const WinogradPlan& plan, const ConvArguments& argu
 // One kernel as compiled for one instruction set.
 struct WinogradCode {
   WinogradRun run;
+  int32_t rows;        // of its register tile
   int32_t panel;       // columns of its register tile: output channels in a panel of weights
   int32_t alignment;   // channels in V are padded to a multiple of it
   int32_t depth;       // adjacent channels in the packed weights: 2 where products take pairs
