@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -76,6 +76,7 @@ def problems(draw: st.DrawFn) -> ConvProblem:
 
 @pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=30)
 @given(p=problems(), seed=st.integers(0, 1000), threads=st.integers(1, 3))
 def test_any_geometry(name: str, isa: str, p: ConvProblem, seed: int, threads: int) -> None:
     torch.set_num_threads(threads)

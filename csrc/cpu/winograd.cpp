@@ -106,7 +106,8 @@ uint16_t as_bfloat16(double value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// G g G^T in float64; u: [points][points].
+// G g G^T in float64; u: [points][points]. A coefficient of 0 takes no part, so that an infinite
+// weight makes NaN only where infinities of both signs meet.
 template <class P>
 void transform_filter(const double (&g)[3][3], double* u) {
   constexpr int kPoints = P::kTile + 2;
@@ -115,8 +116,7 @@ void transform_filter(const double (&g)[3][3], double* u) {
     for (int s = 0; s < 3; ++s) {
       half[i][s] = 0.0;
       for (int r = 0; r < 3; ++r) {
-        constexpr auto kMatrix = FilterMatrix<P>::at;
-        if (const double c = kMatrix(i, r); c != 0.0) half[i][s] += c * g[r][s];
+        if (const double c = FilterMatrix<P>::at(i, r); c != 0.0) half[i][s] += c * g[r][s];
       }
     }
   }
