@@ -145,12 +145,12 @@ def observe() -> Iterator[list[Choice]]:
 
 
 def candidates(op: str, problem: Problem, device: torch.device) -> list[Kernel]:
-    """All kernels of ``op`` in the order in which they would be tried, supported or not."""
+    """All exact kernels of ``op`` in the order in which they would be tried, supported or not."""
     names = forced()
     order = NAMES if names is None else (*(n for n in names if n != "torch"), "torch")
     if names is not None and "torch" in names:
         order = names[: names.index("torch") + 1]
-    ranked = [k for name in order for k in KERNELS if k.op == op and k.backend == name]
+    ranked = [k for name in order for k in KERNELS if k.op == op and k.backend == name and k.exact]
 
     def rank(kernel: Kernel) -> tuple[bool, int, bool]:
         # An order that the user gave holds among backends; else what is promising goes first.

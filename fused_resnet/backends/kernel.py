@@ -32,6 +32,10 @@ class Kernel(ABC):
     op: ClassVar[str]
     #: Name within the backend, as tables print it.
     name: ClassVar[str]
+    #: Whether its error is that of a plain sum of products, so that the rule of ``numerics`` holds
+    #: for it whatever the weights. Others, as Winograd's, run only where a plan has measured their
+    #: error on the layer at hand and the user's tolerance admits it.
+    exact: ClassVar[bool] = True
 
     @abstractmethod
     def supports(self, problem: Any, device: torch.device) -> str | None:
