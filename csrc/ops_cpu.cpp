@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/conv_kernel.h"
+#include "cpu/conv_kernels.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "ops.h"
@@ -120,6 +120,7 @@ class CpuConv {
     for (const cpu::ConvKernel* kernel : cpu::conv_kernels(parse_isa(isa))) {
       if (kernel->name() == name) kernel_ = kernel;
     }
+    if (name == cpu::amx_conv_emulated()->name()) kernel_ = cpu::amx_conv_emulated();
     TORCH_CHECK_VALUE(kernel_ != nullptr, "no ", isa, " kernel is named ", name);
   }
 

@@ -103,10 +103,9 @@ struct AmxPlan {
     }
     split(threads);
     if (!direct) {
-      plane_cells = int64_t{block_rows + shift_h} * pitch + shift_w + kMaxTileRows;
-      // An odd number of lines apart, chunks don't compete for the same sets of the caches.
-      chunk_bytes = (plane_cells * phases_h * phases_w | 1) * kCellBytes;
-      image_bytes = chunk_bytes * weights.groups * weights.chunks;
+      plane_cells = cells_of_plane(block_rows);
+      chunk_bytes = bytes_of_chunk(block_rows);
+      image_bytes = bytes_of_image(block_rows);
     }
     const int64_t length = line_length(block_rows);
     tile_rows = static_cast<int>(ceil_div(length, ceil_div(length, kMaxTileRows)));
@@ -136,7 +135,13 @@ struct AmxPlan {
                                                 : images * ceil_div(out_h, block_rows));
   }
 
-  int64_t activation_bytes() const { return direct ? 0 : block_images * image_bytes; }
+  // Bytes of planes that a thread needs, whatever the size of its team.
+  int64_t activation_bytes() const {
+    if (direct) return 0;
+    const int64_t rows = rows_within(kMostBytes);
+    const int64_t most_images = std::clamp<int64_t>(rows / out_h, 1, std::max(images, 1));
+    return most_images * bytes_of_image(std::min<int64_t>(rows, out_h));
+  }
 
   ConvProblem p;
   WeightLayout weights;
@@ -153,12 +158,31 @@ struct AmxPlan {
   int block_images = 1, block_rows = 1;  // either whole images or rows of one
 
  private:
+  // Of one chunk and phase of so many output rows; tiles read beyond the last pixel.
+  int64_t cells_of_plane(int64_t rows) const {
+    return (rows + shift_h) * pitch + shift_w + kMaxTileRows;
+  }
+
+  // An odd number of lines apart, chunks don't compete for the same sets of the caches.
+  int64_t bytes_of_chunk(int64_t rows) const {
+    return (cells_of_plane(rows) * phases_h * phases_w | 1) * kCellBytes;
+  }
+
+  int64_t bytes_of_image(int64_t rows) const {
+    return bytes_of_chunk(rows) * weights.groups * weights.chunks;
+  }
+
+  // Of the input that one row of output takes.
+  int64_t row_bytes() const {
+    if (direct) return pixel_bytes;
+    return int64_t{pitch} * phases_h * phases_w * weights.groups * weights.chunks * kCellBytes;
+  }
+
+  int64_t rows_within(int64_t bytes) const { return std::max<int64_t>(bytes / row_bytes(), 1); }
+
   // Chooses blocks of rows whose activations stay in the L2 cache beside the weights that meet
   // them, and the grid of threads.
   void split(int threads) {
-    const int64_t row_bytes =
-        direct ? pixel_bytes
-               : int64_t{pitch} * phases_h * phases_w * weights.groups * weights.chunks * kCellBytes;
     const int64_t all_rows = int64_t{images} * out_h;
     // By each thread: products of a cell with a panel, and bytes that come from beyond its L2.
     double least = 0;
@@ -168,7 +192,7 @@ struct AmxPlan {
       const double rows = static_cast<double>(ceil_div(all_rows, along_m));
       const double panels = static_cast<double>(ceil_div(weights.all_panels(), along_k));
       const double products = rows * pitch * panels * weights.steps();
-      const double bytes = rows * static_cast<double>(row_bytes) +
+      const double bytes = rows * static_cast<double>(row_bytes()) +
                            panels * static_cast<double>(weights.panel_bytes());
       const double cost = products * kProductCycles + bytes / kBytesPerCycle;
       if (along_k == 1 || cost < least) {
@@ -179,8 +203,8 @@ struct AmxPlan {
     }
 
     const bool weights_stay = weights.bytes() / team_k <= kL2Bytes / 2;
-    const int64_t budget = !weights_stay ? kL2Bytes / 3 : direct ? kL1Bytes / 2 : kL2Bytes / 8;
-    const int64_t rows = std::max<int64_t>(budget / row_bytes, 1);
+    const int64_t rows =
+        rows_within(!weights_stay ? kMostBytes : direct ? kL1Bytes / 2 : kL2Bytes / 8);
     if (direct) {
       const int64_t share = ceil_div(out_h, team_m);
       constexpr int kPair = 2 * kMaxTileRows;
@@ -201,6 +225,7 @@ struct AmxPlan {
 
   static constexpr int64_t kL1Bytes = 48 << 10;  // of every CPU that has AMX
   static constexpr int64_t kL2Bytes = 2 << 20;
+  static constexpr int64_t kMostBytes = kL2Bytes / 3;
   static constexpr double kProductCycles = 2.0;  // 64 cycles for two tiles of 16 pixels by 32
   static constexpr double kBytesPerCycle = 4.0;
 };

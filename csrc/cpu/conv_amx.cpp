@@ -1,9 +1,8 @@
-#include "cpu/conv_amx.h"
-
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "cpu/amx_conv.h"
+#include "cpu/conv_kernels.h"
 #include "cpu/isa.h"
 
 namespace fused_resnet::cpu {

@@ -1,5 +1,5 @@
 #include "cpu/amx_conv.h"
-#include "cpu/conv_amx.h"
+#include "cpu/conv_kernels.h"
 
 namespace fused_resnet::cpu {
 namespace {

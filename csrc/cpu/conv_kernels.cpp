@@ -7,7 +7,11 @@ namespace fused_resnet::cpu {
 std::span<const ConvKernel* const> conv_kernels(Isa isa) {
   using Kernels = std::vector<const ConvKernel*>;
 #if defined(FUSED_RESNET_X86)
-  static const Kernels avx512 = {};
+  static const Kernels avx512 = [] {
+    Kernels kernels;
+    if (const ConvKernel* amx = amx_conv()) kernels.push_back(amx);
+    return kernels;
+  }();
   if (isa == Isa::kAvx512) return avx512;
   static const Kernels avx2 = {};
   if (isa == Isa::kAvx2) return avx2;

@@ -4,4 +4,14 @@
 
 #include "cpu/conv_kernel.h"
 
-namespace fused_resnet::cpu {}  // namespace fused_resnet::cpu
+namespace fused_resnet::cpu {
+
+// Products of tiles, see amx_conv.h. Null where the CPU has no AMX for bf16, or the system does not
+// let this process use it.
+const ConvKernel* amx_conv();
+
+// The same source over emulated tiles: runs everywhere, slowly. For tests alone: conv_kernels()
+// does not list it.
+const ConvKernel* amx_conv_emulated();
+
+}  // namespace fused_resnet::cpu
