@@ -97,6 +97,7 @@ class AmxRun {
     block1_ = share(plan.blocks(), m + 1, plan.team_m);
     panel0_ = share(plan.weights.all_panels(), k, plan.team_k);
     panel1_ = share(plan.weights.all_panels(), k + 1, plan.team_k);
+    streams_ = streams(team);
   }
 
   // Bytes of scratch that each thread uses.
@@ -107,10 +108,12 @@ class AmxRun {
   void operator()() {
     if (panel0_ == panel1_) return;
     for (int block = block0_; block < block1_; ++block) compute_block(block);
+    if (streams_) Tiles::fence();
   }
 
  private:
   static constexpr int64_t kSumBytes = 4 * kTileBytes;
+  static constexpr int64_t kStreamedBytes = 2 * AmxPlan::kL2Bytes;
 
   static int64_t tap_bytes(const AmxPlan& plan) {
     return ceil_div(plan.weights.taps * static_cast<int64_t>(sizeof(int64_t)), 64) * 64;
@@ -120,7 +123,17 @@ class AmxRun {
     return static_cast<int>(count * part / parts);
   }
 
-  // Consecutive tiles: rows [first, last) of the tile that starts at cell a are output pixels
+  // Whether y passes the caches by: it will have left them before it is read, so fetching its lines
+  // only to overwrite them is in vain. Lines of a residual that y replaces are there already.
+  bool streams(const Team& team) const {
+    const int64_t pixel_bytes = int64_t{2} * plan_.p.k;
+    const bool aligned = reinterpret_cast<uintptr_t>(arguments_.y) % kCellBytes == 0 &&
+                         pixel_bytes % kCellBytes == 0 && plan_.weights.k % kPanelChannels == 0;
+    return aligned && arguments_.y != arguments_.residual &&
+           plan_.p.out_pixels() * pixel_bytes > kStreamedBytes * team.size;
+  }
+
+  // Rows [first, last) of the tile that starts at cell a are output pixels
   // number q, q + 1, ... of the image that begins at pixel `image` of y.
   struct Tile {
     const std::byte* a;
@@ -147,7 +160,8 @@ class AmxRun {
       const int group = panel / panels, k0 = panel % panels * kPanelChannels;
       const int count = std::min(plan_.weights.k - k0, kPanelChannels);
       const int k = group * plan_.weights.k + k0;
-      const typename Tiles::Channels channels(arguments_.scale + k, arguments_.shift + k, count);
+      const typename Tiles::Channels channels(arguments_.scale + k, arguments_.shift + k, count,
+                                              streams_);
       for (int tile = 0; tile < tiles; tile += 2) {
         const bool pair = tile + 1 < tiles;
         if (count > kTileChannels) {
@@ -195,11 +209,12 @@ class AmxRun {
     return {a, pixel, 0, first, first + left};
   }
 
-  // The epilogue of one tile's pixels, skipping those beyond a row's end.
-  void finish_tile(const typename Tiles::Channels& channels, const Tile& tile, const float* sums,
-                   int k) const {
+  // body(begin, end, pixel) for rows [begin, end) of a tile that are neighbouring pixels of y,
+  // beginning at `pixel`; rows beyond the end of an image's row are skipped.
+  template <class Body>
+  void for_each_run(const Tile& tile, Body body) const {
     if (plan_.pitch == plan_.out_w) {
-      return finish_pixels(channels, sums, tile.first, tile.last, tile.image + tile.q, k);
+      return body(tile.first, tile.last, tile.image + tile.q);
     }
     const int pitch = plan_.pitch, out_w = plan_.out_w;
     int64_t row = tile.q / pitch;
@@ -207,22 +222,24 @@ class AmxRun {
     for (int i = 0; i < tile.last; ++row, column = 0) {
       if (column < out_w) {
         const int end = std::min(tile.last, i + out_w - column);
-        finish_pixels(channels, sums, i, end, tile.image + row * out_w + column, k);
+        body(i, end, tile.image + row * out_w + column);
       }
       i += pitch - column;
     }
   }
 
-  // Sums [begin, end) of a tile are those of output pixel `pixel` and the following ones.
-  void finish_pixels(const typename Tiles::Channels& channels, const float* sums, int begin,
-                     int end, int64_t pixel, int k) const {
+  // The epilogue of one tile.
+  void finish_tile(const typename Tiles::Channels& channels, const Tile& tile, const float* sums,
+                   int k) const {
     const auto* residual = static_cast<const uint16_t*>(arguments_.residual);
     auto* y = static_cast<uint16_t*>(arguments_.y);
-    int64_t at = pixel * plan_.p.k + k;
-    for (int i = begin; i < end; ++i, at += plan_.p.k) {
-      const uint16_t* r = Functor::kReadsResidual ? residual + at : nullptr;
-      Tiles::template finish_row<Functor>(channels, sums + i * kPanelChannels, r, y + at);
-    }
+    for_each_run(tile, [&](int begin, int end, int64_t pixel) {
+      int64_t at = pixel * plan_.p.k + k;
+      for (int i = begin; i < end; ++i, at += plan_.p.k) {
+        const uint16_t* r = Functor::kReadsResidual ? residual + at : nullptr;
+        Tiles::template finish_row<Functor>(channels, sums + i * kPanelChannels, r, y + at);
+      }
+    });
   }
 
   const AmxPlan& plan_;
@@ -234,6 +251,7 @@ class AmxRun {
   int block0_, block1_, panel0_, panel1_;  // this thread's
   int image0_ = 0, row0_ = 0, rows_ = 0;   // of the block at hand
   int line_tiles_ = 1;
+  bool streams_;
 };
 
 // The kernel over one kind of tiles. A subclass says where it may run.

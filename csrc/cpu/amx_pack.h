@@ -98,11 +98,12 @@ class ActivationPacker {
     const Columns columns = plan_.columns(phase);
     clear(cells, columns.begin);
     clear(cells + int64_t{columns.end} * kCellBytes, plan_.pitch - columns.end);
+    const int64_t next_row = int64_t{p.stride_h} * p.w * p.c;
     for (int u = columns.begin; u < columns.end; ++u) {
       const int64_t w = int64_t{u} * p.stride_w + phase - p.padding_w;
       for (int group = group0_; group < group1_; ++group) {
         copy_channels(cells + int64_t{u} * kCellBytes, group,
-                      x + w * p.c + int64_t{group} * plan_.weights.c, plan_.weights.c);
+                      x + w * p.c + int64_t{group} * plan_.weights.c, plan_.weights.c, next_row);
       }
     }
   }
@@ -114,7 +115,7 @@ class ActivationPacker {
     for (int ow = 0; ow < plan_.out_w; ++ow, cells += kCellBytes) {
       const int64_t first = int64_t{ow} * p.stride_w - p.padding_w;
       if (p.dilation_w == 1 && first >= 0 && first + p.s <= p.w) {
-        copy_channels(cells, 0, x + first * c, window);
+        copy_channels(cells, 0, x + first * c, window, 0);
         continue;
       }
       for (int chunk = 0; chunk < plan_.weights.chunks; ++chunk) {
@@ -129,11 +130,13 @@ class ActivationPacker {
     }
   }
 
-  // `count` neighbouring numbers to the chunks of a group.
-  void copy_channels(std::byte* cell, int group, const uint16_t* from, int count) const {
+  // `count` neighbouring numbers to the chunks of a group; those `ahead` will be asked for later.
+  void copy_channels(std::byte* cell, int group, const uint16_t* from, int count,
+                     int64_t ahead) const {
     cell += group * plan_.weights.chunks * plan_.chunk_bytes;
     for (; count >= kCellElements; count -= kCellElements) {
       Tiles::copy_cell(cell, from, kCellElements);
+      Tiles::prefetch_to_l2(from + ahead);
       cell += plan_.chunk_bytes;
       from += kCellElements;
     }

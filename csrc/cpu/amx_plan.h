@@ -143,6 +143,9 @@ struct AmxPlan {
     return most_images * bytes_of_image(std::min<int64_t>(rows, out_h));
   }
 
+  static constexpr int64_t kL1Bytes = 48 << 10;  // of every CPU that has AMX
+  static constexpr int64_t kL2Bytes = 2 << 20;
+
   ConvProblem p;
   WeightLayout weights;
   bool direct;
@@ -223,8 +226,6 @@ struct AmxPlan {
     }
   }
 
-  static constexpr int64_t kL1Bytes = 48 << 10;  // of every CPU that has AMX
-  static constexpr int64_t kL2Bytes = 2 << 20;
   static constexpr int64_t kMostBytes = kL2Bytes / 3;
   static constexpr double kProductCycles = 2.0;  // 64 cycles for two tiles of 16 pixels by 32
   static constexpr double kBytesPerCycle = 4.0;

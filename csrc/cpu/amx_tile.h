@@ -10,6 +10,7 @@
 //   multiply_add<c, a, b>()  c[m][n] += sum_i a[m][2i] * b[i][2n] + a[m][2i + 1] * b[i][2n + 1]
 //                            with c fp32 [t][16], a bf16 [t][32], b bf16 [16][32]
 //   copy_cell(to, from, n)   n <= 32 bf16 numbers and zeros up to 32
+//   prefetch_to_l2(p), fence()
 //   Channels, finish_row     the epilogue of up to 32 neighbouring channels of one pixel
 //
 // As the instructions do, both take subnormal factors and sums for zeros, and NaN and infinities
@@ -80,11 +81,17 @@ class AmxTiles {
     _mm512_store_si512(to, _mm512_maskz_loadu_epi16(mask, from));
   }
 
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch_to_l2(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+  }
+
+  // Makes streamed stores visible to whoever this thread tells that it is done.
+  static void fence() { _mm_sfence(); }
 
   // Scale and shift of the `count` channels of a panel.
   struct Channels {
-    Channels(const float* scales, const float* shifts, int count) : count(count) {
+    Channels(const float* scales, const float* shifts, int count, bool streams)
+        : count(count), streams(streams) {
       for (int i = 0; i < 2; ++i) {
         const int left = std::clamp(count - 16 * i, 0, 16);
         mask[i] = static_cast<__mmask16>((1u << left) - 1);
@@ -95,6 +102,7 @@ class AmxTiles {
     __m512 scale[2], shift[2];
     __mmask16 mask[2];
     int count;
+    bool streams;  // y by stores that pass the caches by, to lines of their own
   };
 
   // y[0..count) = epilogue(sums, residual) for one pixel.
@@ -106,7 +114,9 @@ class AmxTiles {
       if constexpr (Functor::kReadsResidual) r = _mm512_loadu_si512(residual);
       const __m512 low = finish<Functor>(channels, 0, sums, _mm512_castsi512_si256(r));
       const __m512 high = finish<Functor>(channels, 1, sums, _mm512_extracti64x4_epi64(r, 1));
-      _mm512_storeu_si512(y, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+      const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+      channels.streams ? _mm512_stream_si512(reinterpret_cast<__m512i*>(y), both)
+                       : _mm512_storeu_si512(y, both);
       return;
     }
     for (int i = 0; i < 2 && 16 * i < channels.count; ++i) {
@@ -193,10 +203,11 @@ class EmulatedTiles {
     std::memcpy(to, from, static_cast<size_t>(count) * 2);
   }
 
-  static void prefetch(const void*) {}
+  static void prefetch_to_l2(const void*) {}
+  static void fence() {}
 
   struct Channels {
-    Channels(const float* scales, const float* shifts, int count)
+    Channels(const float* scales, const float* shifts, int count, bool)
         : scale(scales), shift(shifts), count(count) {}
     const float* scale;
     const float* shift;
