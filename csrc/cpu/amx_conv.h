@@ -89,8 +89,8 @@ class AmxRun {
     planes_ = scratch + tap_bytes(plan) + kSumBytes;
     for (int tap = 0; tap < plan.weights.taps; ++tap) {
       const bool folded = plan.weights.folded;
-      tap_offsets_[tap] = folded ? plan.tap_offset(tap, 0)
-                                 : plan.tap_offset(tap / plan.p.s, tap % plan.p.s);
+      tap_offsets_[tap] =
+          folded ? plan.tap_offset(tap, 0) : plan.tap_offset(tap / plan.p.s, tap % plan.p.s);
     }
     const int m = team.rank / plan.team_k, k = team.rank % plan.team_k;
     block0_ = share(plan.blocks(), m, plan.team_m);
@@ -191,8 +191,8 @@ class AmxRun {
   Tile locate(int group, int tile) const {
     const int line = tile / line_tiles_;
     const int64_t q = int64_t{tile % line_tiles_} * plan_.tile_rows;
-    const auto left = static_cast<int>(
-        std::min<int64_t>(plan_.line_length(rows_) - q, plan_.tile_rows));
+    const auto left =
+        static_cast<int>(std::min<int64_t>(plan_.line_length(rows_) - q, plan_.tile_rows));
     if (!plan_.direct) {
       const std::byte* a = planes_ + line * plan_.image_bytes +
                            group * plan_.weights.chunks * plan_.chunk_bytes + q * kCellBytes;
@@ -267,15 +267,16 @@ class AmxConvBase : public ConvKernel {
   }
 
   size_t scratch_bytes(const ConvProblem& problem, Element, int threads) const override {
+    if (problem.n == 0) return 0;
     const AmxPlan plan(problem, threads);
     return static_cast<size_t>(threads * Run<Epilogue::kNone>::scratch_bytes(plan));
   }
 
   void run(const ConvProblem& problem, Element, const ConvArguments& arguments,
            const Team& team) const override {
+    if (problem.n == 0) return;
     const AmxPlan plan(problem, team.size);
-    std::byte* scratch =
-        arguments.scratch + team.rank * Run<Epilogue::kNone>::scratch_bytes(plan);
+    std::byte* scratch = arguments.scratch + team.rank * Run<Epilogue::kNone>::scratch_bytes(plan);
     dispatch_epilogue(problem.epilogue, [&](auto functor) {
       AmxRun<Tiles, decltype(functor)>(plan, arguments, scratch, team)();
     });

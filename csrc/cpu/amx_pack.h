@@ -13,15 +13,14 @@ namespace {
 // Weight [K, C / groups, R, S] to WeightLayout.
 inline void pack_weights(const ConvProblem& p, const uint16_t* weight, uint16_t* packed) {
   const WeightLayout layout(p);
-  // The weight that factor `factor` of a tap meets in output channel `k` of merged group `group`.
+  // The weight that factor `factor` of a tap meets in output channel `k` of `group`.
   const auto value = [&](int group, int k, int tap, int factor) -> uint16_t {
     const int c = layout.folded ? factor % layout.c : factor;
     const int r = layout.folded ? tap : tap / p.s;
     const int s = layout.folded ? factor / layout.c : tap % p.s;
     if (k >= layout.k || c >= layout.c || s >= p.s) return 0;
-    if (k / layout.k_group != c / layout.c_group) return 0;
     const int64_t row = int64_t{group} * layout.k + k;
-    return weight[((row * layout.c_group + c % layout.c_group) * p.r + r) * p.s + s];
+    return weight[((row * layout.c + c) * p.r + r) * p.s + s];
   };
   for (int group = 0; group < layout.groups; ++group) {
     for (int k0 = 0; k0 < layout.panels * kPanelChannels; k0 += kPanelChannels) {
@@ -41,8 +40,8 @@ inline void pack_weights(const ConvProblem& p, const uint16_t* weight, uint16_t*
   }
 }
 
-// The planes of output rows [row0, row0 + rows) of images [image0, image0 + count), for the merged
-// groups [group0, group1); those before group0 keep their place.
+// The planes of output rows [row0, row0 + rows) of images [image0, image0 + count), for the groups
+// [group0, group1); those before group0 keep their place.
 template <class Tiles>
 class ActivationPacker {
  public:

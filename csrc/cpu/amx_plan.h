@@ -30,20 +30,13 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // factors by 16 output channels, two of them for the 32 channels of a panel. Zeros fill what the
 // problem has no weight for.
 struct WeightLayout {
-  explicit WeightLayout(const ConvProblem& p) : c_group(p.c / p.groups), k_group(p.k / p.groups) {
-    // Narrow groups are computed together, with zeros where a weight would join two of them.
-    for (int m = p.groups; m > 1; --m) {
-      if (p.groups % m == 0 && m * c_group <= kCellElements && m * k_group <= kPanelChannels) {
-        merged = m;
-        break;
-      }
-    }
-    groups = p.groups / merged;
-    c = merged * c_group;
-    k = merged * k_group;
+  // Narrow groups don't share cells: a NaN of one would meet zero weights of the others, and reach
+  // their outputs.
+  explicit WeightLayout(const ConvProblem& p)
+      : groups(p.groups), c(p.c / p.groups), k(p.k / p.groups) {
     // Few channels leave cells empty: then the S pixels of a window's row share them.
     const int64_t unfolded = p.s * ceil_div(c, kCellElements);
-    folded = p.s > 1 && merged == 1 && groups == 1 && ceil_div(p.s * c, kCellElements) < unfolded;
+    folded = p.s > 1 && groups == 1 && ceil_div(p.s * c, kCellElements) < unfolded;
     chunks = static_cast<int>(ceil_div(folded ? p.s * c : c, kCellElements));
     taps = folded ? p.r : p.r * p.s;
     panels = static_cast<int>(ceil_div(k, kPanelChannels));
@@ -54,12 +47,10 @@ struct WeightLayout {
   int64_t panel_bytes() const { return int64_t{2} * kTileBytes * steps(); }
   int64_t bytes() const { return all_panels() * panel_bytes(); }
 
-  int c_group, k_group;  // of the problem
-  int merged = 1;        // groups of the problem that make one here
-  int groups;            // after merging
-  int c, k;              // channels of a merged group
+  int groups;
+  int c, k;  // channels of a group
   bool folded;
-  int chunks, taps, panels;  // of a merged group
+  int chunks, taps, panels;  // of a group
 };
 
 // Zero-padded columns of one phase of the horizontal stride: cell u holds the input's column
@@ -152,12 +143,12 @@ struct AmxPlan {
   int images, out_h, out_w;  // as the tiles see them
   int pitch;
   int phases_h = 1, phases_w = 1;
-  int shift_h = 0, shift_w = 0;       // cells that a window reaches beyond its first one
-  int64_t plane_cells = 0;            // of one chunk and phase
-  int64_t pixel_bytes, chunk_bytes;   // from one q, and one chunk, to the next
-  int64_t image_bytes = 0;            // of all planes
-  int tile_rows;                      // output pixels of a tile, at most 16
-  int team_m = 1, team_k = 1;         // threads along blocks and along panels
+  int shift_h = 0, shift_w = 0;          // cells that a window reaches beyond its first one
+  int64_t plane_cells = 0;               // of one chunk and phase
+  int64_t pixel_bytes, chunk_bytes;      // from one q, and one chunk, to the next
+  int64_t image_bytes = 0;               // of all planes
+  int tile_rows;                         // output pixels of a tile, at most 16
+  int team_m = 1, team_k = 1;            // threads along blocks and along panels
   int block_images = 1, block_rows = 1;  // either whole images or rows of one
 
  private:
@@ -206,8 +197,9 @@ struct AmxPlan {
     }
 
     const bool weights_stay = weights.bytes() / team_k <= kL2Bytes / 2;
-    const int64_t rows =
-        rows_within(!weights_stay ? kMostBytes : direct ? kL1Bytes / 2 : kL2Bytes / 8);
+    const int64_t rows = rows_within(!weights_stay ? kMostBytes
+                                     : direct      ? kL1Bytes / 2
+                                                   : kL2Bytes / 8);
     if (direct) {
       const int64_t share = ceil_div(out_h, team_m);
       constexpr int kPair = 2 * kMaxTileRows;

@@ -1,5 +1,7 @@
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 #include "cpu/amx_conv.h"
 #include "cpu/conv_kernels.h"
@@ -11,8 +13,12 @@ namespace {
 // Linux lets a process use the tiles' registers, which make every thread's saved state larger, once
 // it asks: Documentation/arch/x86/xstate.rst.
 bool request_permission() {
+#if defined(__linux__)
   constexpr int kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
   return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
+#else
+  return false;
+#endif
 }
 
 class AmxConv : public AmxConvBase<AmxTiles> {
