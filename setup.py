@@ -47,6 +47,7 @@ X86_FLAGS = {
     "avx2": AVX2_FLAGS,
     "avx512": AVX512_FLAGS,
     "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+    "amx": [*AVX512_FLAGS, "-mavx512bf16"],  # tile instructions are written out, see amx_tile.h
 }
 
 

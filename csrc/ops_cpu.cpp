@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/conv_kernel.h"
+#include "cpu/conv_kernels.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/program.h"
@@ -139,6 +139,7 @@ const cpu::ConvKernel& conv_kernel(const std::string& name, const std::string& i
   for (const cpu::ConvKernel* kernel : cpu::conv_kernels(parse_isa(isa))) {
     if (kernel->name() == name) return *kernel;
   }
+  if (name == cpu::amx_conv_emulated()->name()) return *cpu::amx_conv_emulated();
   TORCH_CHECK_VALUE(false, "no ", isa, " kernel is named ", name);
 }
 

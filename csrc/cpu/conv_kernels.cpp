@@ -15,11 +15,18 @@ Kernels with_winograd(Isa isa, Kernels kernels) {
   return kernels;
 }
 
+#if defined(FUSED_RESNET_X86)
+Kernels with_amx(Kernels kernels) {
+  if (const ConvKernel* amx = amx_conv()) kernels.push_back(amx);
+  return kernels;
+}
+#endif
+
 }  // namespace
 
 std::span<const ConvKernel* const> conv_kernels(Isa isa) {
 #if defined(FUSED_RESNET_X86)
-  static const Kernels avx512 = with_winograd(Isa::kAvx512, {&direct_avx512()});
+  static const Kernels avx512 = with_winograd(Isa::kAvx512, with_amx({&direct_avx512()}));
   if (isa == Isa::kAvx512) return avx512;
   static const Kernels avx2 = with_winograd(Isa::kAvx2, {&direct_avx2()});
   if (isa == Isa::kAvx2) return avx2;

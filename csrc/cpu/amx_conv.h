@@ -1,0 +1,302 @@
+// Direct convolution by products of tiles: bf16 factors, fp32 sums, the epilogue in fp32 and one
+// rounding.
+//
+// Schedule of a thread: for each of its blocks of output rows, copy the input into planes (or read
+// it in place, see amx_plan.h); for each of its panels of 32 output channels; for each pair of
+// tiles of 16 output pixels: all products of C * R * S, four tiles of sums staying in registers,
+// then the epilogue of 32 pixels by 32 channels. Four tile loads feed four products, which take 64
+// cycles; a block's activations and a panel's weights come from the L1 and L2 caches.
+//
+// Bytes at least: x, weights, residual once, y once. Operations: 2 N OH OW K C / groups R S, plus
+// what fills up tiles (pixels to the row's pitch, channels to 32).
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "cpu/amx_pack.h"
+#include "cpu/amx_plan.h"
+#include "cpu/amx_tile.h"
+#include "cpu/conv_kernel.h"
+#include "epilogue.h"
+
+namespace fused_resnet::cpu {
+namespace {
+
+// Activations of a step: taps inside, chunks outside, so that the taps of a window find in the L1
+// cache what their neighbours read.
+struct Steps {
+  const int64_t* tap_offsets;
+  int taps, chunks;
+  int64_t chunk_bytes;
+  int64_t pixel_bytes;
+};
+
+// Sums of kM tiles of pixels, at a[0] and a[1], by kN tiles of channels; two such tiles stand in b
+// for every step. Tiles 2 m + n hold sums, 4 + m activations, 6 + n weights.
+template <int kM, int kN, class Tiles>
+inline void multiply(Tiles& tiles, const Steps& steps, const std::byte* const a[2],
+                     const std::byte* b) {
+  tiles.template zero<0>();
+  if constexpr (kN > 1) tiles.template zero<1>();
+  if constexpr (kM > 1) tiles.template zero<2>();
+  if constexpr (kM > 1 && kN > 1) tiles.template zero<3>();
+  const std::byte* a0 = a[0];
+  const std::byte* a1 = a[1];
+  for (int chunk = 0; chunk < steps.chunks; ++chunk) {
+    for (int tap = 0; tap < steps.taps; ++tap) {
+      const int64_t offset = steps.tap_offsets[tap];
+      tiles.template load<4>(a0 + offset, steps.pixel_bytes);
+      tiles.template load<6>(b, kCellBytes);
+      tiles.template multiply_add<0, 4, 6>();
+      if constexpr (kN > 1) {
+        tiles.template load<7>(b + kTileBytes, kCellBytes);
+        tiles.template multiply_add<1, 4, 7>();
+      }
+      if constexpr (kM > 1) {
+        tiles.template load<5>(a1 + offset, steps.pixel_bytes);
+        tiles.template multiply_add<2, 5, 6>();
+        if constexpr (kN > 1) tiles.template multiply_add<3, 5, 7>();
+      }
+      b += 2 * kTileBytes;
+    }
+    a0 += steps.chunk_bytes;
+    a1 += steps.chunk_bytes;
+  }
+}
+
+// Sums [2 * 16 pixels][32 channels] to memory.
+template <int kM, int kN, class Tiles>
+inline void store_sums(Tiles& tiles, float* sums) {
+  constexpr int64_t kRowBytes = kPanelChannels * sizeof(float);
+  float* second = sums + kMaxTileRows * kPanelChannels;
+  tiles.template store<0>(sums, kRowBytes);
+  if constexpr (kN > 1) tiles.template store<1>(sums + kTileChannels, kRowBytes);
+  if constexpr (kM > 1) tiles.template store<2>(second, kRowBytes);
+  if constexpr (kM > 1 && kN > 1) tiles.template store<3>(second + kTileChannels, kRowBytes);
+}
+
+// One thread's part of a convolution.
+template <class Tiles, class Functor>
+class AmxRun {
+ public:
+  AmxRun(const AmxPlan& plan, const ConvArguments& arguments, std::byte* scratch, const Team& team)
+      : plan_(plan), arguments_(arguments), tiles_(plan.tile_rows) {
+    tap_offsets_ = reinterpret_cast<int64_t*>(scratch);
+    sums_ = reinterpret_cast<float*>(scratch + tap_bytes(plan));
+    planes_ = scratch + tap_bytes(plan) + kSumBytes;
+    for (int tap = 0; tap < plan.weights.taps; ++tap) {
+      const bool folded = plan.weights.folded;
+      tap_offsets_[tap] =
+          folded ? plan.tap_offset(tap, 0) : plan.tap_offset(tap / plan.p.s, tap % plan.p.s);
+    }
+    const int m = team.rank / plan.team_k, k = team.rank % plan.team_k;
+    block0_ = share(plan.blocks(), m, plan.team_m);
+    block1_ = share(plan.blocks(), m + 1, plan.team_m);
+    panel0_ = share(plan.weights.all_panels(), k, plan.team_k);
+    panel1_ = share(plan.weights.all_panels(), k + 1, plan.team_k);
+    streams_ = streams(team);
+  }
+
+  // Bytes of scratch that each thread uses.
+  static int64_t scratch_bytes(const AmxPlan& plan) {
+    return tap_bytes(plan) + kSumBytes + plan.activation_bytes();
+  }
+
+  void operator()() {
+    if (panel0_ == panel1_) return;
+    for (int block = block0_; block < block1_; ++block) compute_block(block);
+    if (streams_) Tiles::fence();
+  }
+
+ private:
+  static constexpr int64_t kSumBytes = 4 * kTileBytes;
+  static constexpr int64_t kStreamedBytes = 2 * AmxPlan::kL2Bytes;
+
+  static int64_t tap_bytes(const AmxPlan& plan) {
+    return ceil_div(plan.weights.taps * static_cast<int64_t>(sizeof(int64_t)), 64) * 64;
+  }
+
+  static int share(int64_t count, int part, int parts) {
+    return static_cast<int>(count * part / parts);
+  }
+
+  // Whether y passes the caches by: it will have left them before it is read, so fetching its lines
+  // only to overwrite them is in vain. Lines of a residual that y replaces are there already.
+  bool streams(const Team& team) const {
+    const int64_t pixel_bytes = int64_t{2} * plan_.p.k;
+    const bool aligned = reinterpret_cast<uintptr_t>(arguments_.y) % kCellBytes == 0 &&
+                         pixel_bytes % kCellBytes == 0 && plan_.weights.k % kPanelChannels == 0;
+    return aligned && arguments_.y != arguments_.residual &&
+           plan_.p.out_pixels() * pixel_bytes > kStreamedBytes * team.size;
+  }
+
+  // Rows [first, last) of the tile that starts at cell a are output pixels
+  // number q, q + 1, ... of the image that begins at pixel `image` of y.
+  struct Tile {
+    const std::byte* a;
+    int64_t image;
+    int64_t q;
+    int first, last;
+  };
+
+  void compute_block(int block) {
+    const auto* x = static_cast<const uint16_t*>(arguments_.x);
+    const int image_blocks = static_cast<int>(ceil_div(plan_.out_h, plan_.block_rows));
+    image0_ = block / image_blocks * plan_.block_images;
+    row0_ = block % image_blocks * plan_.block_rows;
+    const int images = std::min(plan_.block_images, plan_.images - image0_);
+    rows_ = std::min(plan_.block_rows, plan_.out_h - row0_);
+    line_tiles_ = static_cast<int>(ceil_div(plan_.line_length(rows_), plan_.tile_rows));
+    const int panels = plan_.weights.panels;
+    if (!plan_.direct) {
+      const int group0 = panel0_ / panels, group1 = (panel1_ - 1) / panels + 1;
+      ActivationPacker<Tiles>(plan_, x, group0, group1)(planes_, image0_, images, row0_, rows_);
+    }
+    const int tiles = images * line_tiles_;
+    for (int panel = panel0_; panel < panel1_; ++panel) {
+      const int group = panel / panels, k0 = panel % panels * kPanelChannels;
+      const int count = std::min(plan_.weights.k - k0, kPanelChannels);
+      const int k = group * plan_.weights.k + k0;
+      const typename Tiles::Channels channels(arguments_.scale + k, arguments_.shift + k, count,
+                                              streams_);
+      for (int tile = 0; tile < tiles; tile += 2) {
+        const bool pair = tile + 1 < tiles;
+        if (count > kTileChannels) {
+          pair ? compute<2, 2>(channels, panel, k, tile) : compute<1, 2>(channels, panel, k, tile);
+        } else {
+          pair ? compute<2, 1>(channels, panel, k, tile) : compute<1, 1>(channels, panel, k, tile);
+        }
+      }
+    }
+  }
+
+  template <int kM, int kN>
+  void compute(const typename Tiles::Channels& channels, int panel, int k, int tile) {
+    const int group = panel / plan_.weights.panels;
+    const Tile pair[2] = {locate(group, tile), locate(group, tile + kM - 1)};
+    const std::byte* a[2] = {pair[0].a, pair[1].a};
+    const auto* weight = static_cast<const std::byte*>(arguments_.weight);
+    const Steps steps{tap_offsets_, plan_.weights.taps, plan_.weights.chunks, plan_.chunk_bytes,
+                      plan_.pixel_bytes};
+    multiply<kM, kN>(tiles_, steps, a, weight + panel * plan_.weights.panel_bytes());
+    store_sums<kM, kN>(tiles_, sums_);
+    for (int m = 0; m < kM; ++m) {
+      finish_tile(channels, pair[m], sums_ + m * kMaxTileRows * kPanelChannels, k);
+    }
+  }
+
+  Tile locate(int group, int tile) const {
+    const int line = tile / line_tiles_;
+    const int64_t q = int64_t{tile % line_tiles_} * plan_.tile_rows;
+    const auto left =
+        static_cast<int>(std::min<int64_t>(plan_.line_length(rows_) - q, plan_.tile_rows));
+    if (!plan_.direct) {
+      const std::byte* a = planes_ + line * plan_.image_bytes +
+                           group * plan_.weights.chunks * plan_.chunk_bytes + q * kCellBytes;
+      const int64_t image = (int64_t{image0_ + line} * plan_.out_h + row0_) * plan_.out_w;
+      return {a, image, q, 0, left};
+    }
+    // The last tile of all begins earlier instead of reading beyond x; what another one computes as
+    // well isn't stored twice, since y may be the residual.
+    const int64_t pixel = row0_ + q;
+    const int64_t begin = std::min<int64_t>(pixel, plan_.out_h - plan_.tile_rows);
+    const auto first = static_cast<int>(pixel - begin);
+    const auto* x = static_cast<const std::byte*>(arguments_.x);
+    const std::byte* a = x + begin * plan_.pixel_bytes + int64_t{2} * group * plan_.weights.c;
+    return {a, pixel, 0, first, first + left};
+  }
+
+  // body(begin, end, pixel) for rows [begin, end) of a tile that are neighbouring pixels of y,
+  // beginning at `pixel`; rows beyond the end of an image's row are skipped.
+  template <class Body>
+  void for_each_run(const Tile& tile, Body body) const {
+    if (plan_.pitch == plan_.out_w) {
+      return body(tile.first, tile.last, tile.image + tile.q);
+    }
+    const int pitch = plan_.pitch, out_w = plan_.out_w;
+    int64_t row = tile.q / pitch;
+    int column = static_cast<int>(tile.q % pitch);
+    for (int i = 0; i < tile.last; ++row, column = 0) {
+      if (column < out_w) {
+        const int end = std::min(tile.last, i + out_w - column);
+        body(i, end, tile.image + row * out_w + column);
+      }
+      i += pitch - column;
+    }
+  }
+
+  // The epilogue of one tile.
+  void finish_tile(const typename Tiles::Channels& channels, const Tile& tile, const float* sums,
+                   int k) const {
+    const auto* residual = static_cast<const uint16_t*>(arguments_.residual);
+    auto* y = static_cast<uint16_t*>(arguments_.y);
+    for_each_run(tile, [&](int begin, int end, int64_t pixel) {
+      int64_t at = pixel * plan_.p.k + k;
+      for (int i = begin; i < end; ++i, at += plan_.p.k) {
+        const uint16_t* r = Functor::kReadsResidual ? residual + at : nullptr;
+        Tiles::template finish_row<Functor>(channels, sums + i * kPanelChannels, r, y + at);
+      }
+    });
+  }
+
+  const AmxPlan& plan_;
+  const ConvArguments& arguments_;
+  Tiles tiles_;
+  int64_t* tap_offsets_;
+  float* sums_;
+  std::byte* planes_;
+  int block0_, block1_, panel0_, panel1_;  // this thread's
+  int image0_ = 0, row0_ = 0, rows_ = 0;   // of the block at hand
+  int line_tiles_ = 1;
+  bool streams_;
+};
+
+// The kernel over one kind of tiles. A subclass says where it may run.
+template <class Tiles>
+class AmxConvBase : public ConvKernel {
+ public:
+  size_t packed_bytes(const ConvProblem& problem, Element) const override {
+    return static_cast<size_t>(WeightLayout(problem).bytes());
+  }
+
+  void pack(const ConvProblem& problem, Element, const void* weight, void* packed) const override {
+    pack_weights(problem, static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(packed));
+  }
+
+  size_t scratch_bytes(const ConvProblem& problem, Element, int threads) const override {
+    if (problem.n == 0) return 0;
+    const AmxPlan plan(problem, threads);
+    return static_cast<size_t>(threads * Run<Epilogue::kNone>::scratch_bytes(plan));
+  }
+
+  void run(const ConvProblem& problem, Element, const ConvArguments& arguments,
+           const Team& team) const override {
+    if (problem.n == 0) return;
+    const AmxPlan plan(problem, team.size);
+    std::byte* scratch = arguments.scratch + team.rank * Run<Epilogue::kNone>::scratch_bytes(plan);
+    dispatch_epilogue(problem.epilogue, [&](auto functor) {
+      AmxRun<Tiles, decltype(functor)>(plan, arguments, scratch, team)();
+    });
+  }
+
+ protected:
+  static std::string why_not_here(const ConvProblem& problem, Element element) {
+    if (element != Element::kBFloat16) return "tiles multiply bf16, not fp32";
+    if (problem.stride_h > kMaxStride || problem.stride_w > kMaxStride) {
+      return "strides above " + std::to_string(kMaxStride) + " would copy pixels nobody reads";
+    }
+    return "";
+  }
+
+ private:
+  template <Epilogue kEpilogue>
+  using Run = AmxRun<Tiles, EpilogueFunctor<kEpilogue>>;
+
+  static constexpr int kMaxStride = 8;
+};
+
+}  // namespace
+}  // namespace fused_resnet::cpu

@@ -1,0 +1,227 @@
+// How a convolution becomes products of tiles: what one row of a tile is, where it lies, and which
+// thread computes what. Arithmetic only; the work is in amx_conv.h.
+//
+// A *cell* is 32 bf16 factors of the sum, 64 bytes: one row of an activation tile. Weights of
+// `steps` cells make up one output: `chunks` of channels times `taps` of the window.
+//
+// Activations of a block of output rows are copied into planes [rows][pitch] of cells, one plane
+// per chunk and per phase of the stride, so that in every plane the convolution has stride 1 and
+// output position (oh, ow) and tap (r, s) meet at cell oh * pitch + ow + (a constant of the tap).
+// Output pixels are then numbered q = oh * pitch + ow, any 16 of them in sequence are one tile load
+// from 1 KiB of contiguous memory, and numbers with ow >= OW are computed in vain. The zeros right
+// of one row serve as the zeros left of the next one, so for a padded 3x3 that is one in OW + 1.
+//
+// A 1x1 convolution of stride 1 without padding is read where it lies: cells of a pixel are its
+// channels, q counts the pixels of all images.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "conv_problem.h"
+#include "cpu/amx_tile.h"
+
+namespace fused_resnet::cpu {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Packed weights: [groups][panels][chunks][taps][2][16][16][2], that is a tile of 16 pairs of
+// factors by 16 output channels, two of them for the 32 channels of a panel. Zeros fill what the
+// problem has no weight for.
+struct WeightLayout {
+  // Narrow groups don't share cells: a NaN of one would meet zero weights of the others, and reach
+  // their outputs.
+  explicit WeightLayout(const ConvProblem& p)
+      : groups(p.groups), c(p.c / p.groups), k(p.k / p.groups) {
+    // Few channels leave cells empty: then the S pixels of a window's row share them.
+    const int64_t unfolded = p.s * ceil_div(c, kCellElements);
+    folded = p.s > 1 && groups == 1 && ceil_div(p.s * c, kCellElements) < unfolded;
+    chunks = static_cast<int>(ceil_div(folded ? p.s * c : c, kCellElements));
+    taps = folded ? p.r : p.r * p.s;
+    panels = static_cast<int>(ceil_div(k, kPanelChannels));
+  }
+
+  int steps() const { return chunks * taps; }
+  int all_panels() const { return groups * panels; }
+  int64_t panel_bytes() const { return int64_t{2} * kTileBytes * steps(); }
+  int64_t bytes() const { return all_panels() * panel_bytes(); }
+
+  int groups;
+  int c, k;  // channels of a group
+  bool folded;
+  int chunks, taps, panels;  // of a group
+};
+
+// Zero-padded columns of one phase of the horizontal stride: cell u holds the input's column
+// u * stride + phase - padding where begin <= u < end, else zeros.
+struct Columns {
+  int begin, end;
+};
+
+struct AmxPlan {
+  AmxPlan(const ConvProblem& problem, int threads) : p(problem), weights(problem) {
+    direct = p.r * p.s == 1 && p.stride_h * p.stride_w == 1 && p.padding_h + p.padding_w == 0 &&
+             weights.c % kCellElements == 0;
+    if (direct) {
+      // One image, one column, a row for each pixel.
+      images = 1;
+      out_h = p.n * p.out_h * p.out_w;
+      out_w = pitch = 1;
+      chunk_bytes = kCellBytes;
+      pixel_bytes = int64_t{2} * p.c;
+    } else {
+      images = p.n;
+      out_h = p.out_h;
+      out_w = p.out_w;
+      for (int r = 0; r < p.r; ++r) {
+        phases_h = std::max(phases_h, r * p.dilation_h % p.stride_h + 1);
+      }
+      shift_h = (p.r - 1) * p.dilation_h / p.stride_h;
+      pitch = out_w;
+      if (!weights.folded) {
+        for (int s = 0; s < p.s; ++s) {
+          phases_w = std::max(phases_w, s * p.dilation_w % p.stride_w + 1);
+        }
+        shift_w = (p.s - 1) * p.dilation_w / p.stride_w;
+        // Cells that lie beyond a row's pitch are the next row's first: zeros in both.
+        for (int phase = 0; phase < phases_w; ++phase) {
+          const Columns valid = columns(phase);
+          pitch = std::max({pitch, valid.end, out_w + shift_w - valid.begin});
+        }
+      }
+      pixel_bytes = kCellBytes;
+    }
+    split(threads);
+    if (!direct) {
+      plane_cells = cells_of_plane(block_rows);
+      chunk_bytes = bytes_of_chunk(block_rows);
+      image_bytes = bytes_of_image(block_rows);
+    }
+    const int64_t length = line_length(block_rows);
+    tile_rows = static_cast<int>(ceil_div(length, ceil_div(length, kMaxTileRows)));
+  }
+
+  Columns columns(int phase) const {
+    const auto first = [&](int column) {  // least u whose column is at least this
+      return std::max<int64_t>(0, ceil_div(column + p.padding_w - phase, p.stride_w));
+    };
+    const int64_t cells = out_w + shift_w;
+    return {static_cast<int>(std::min(first(0), cells)),
+            static_cast<int>(std::min(first(p.w), cells))};
+  }
+
+  // Bytes from the cell of output pixel q to the one that tap (r, s) reads, s = 0 where folded.
+  int64_t tap_offset(int r, int s) const {
+    const int row = r * p.dilation_h, column = s * p.dilation_w;
+    const int64_t plane = row % p.stride_h * phases_w + column % p.stride_w;
+    return (plane * plane_cells + row / p.stride_h * pitch + column / p.stride_w) * kCellBytes;
+  }
+
+  // Numbers q from the first output pixel of `rows` rows to the last.
+  int64_t line_length(int rows) const { return int64_t{rows - 1} * pitch + out_w; }
+
+  int blocks() const {
+    return static_cast<int>(block_rows == out_h ? ceil_div(images, block_images)
+                                                : images * ceil_div(out_h, block_rows));
+  }
+
+  // Bytes of planes that a thread needs, whatever the size of its team.
+  int64_t activation_bytes() const {
+    if (direct) return 0;
+    const int64_t rows = rows_within(kMostBytes);
+    const int64_t most_images = std::clamp<int64_t>(rows / out_h, 1, std::max(images, 1));
+    return most_images * bytes_of_image(std::min<int64_t>(rows, out_h));
+  }
+
+  static constexpr int64_t kL1Bytes = 48 << 10;  // of every CPU that has AMX
+  static constexpr int64_t kL2Bytes = 2 << 20;
+
+  ConvProblem p;
+  WeightLayout weights;
+  bool direct;
+  int images, out_h, out_w;  // as the tiles see them
+  int pitch;
+  int phases_h = 1, phases_w = 1;
+  int shift_h = 0, shift_w = 0;          // cells that a window reaches beyond its first one
+  int64_t plane_cells = 0;               // of one chunk and phase
+  int64_t pixel_bytes, chunk_bytes;      // from one q, and one chunk, to the next
+  int64_t image_bytes = 0;               // of all planes
+  int tile_rows;                         // output pixels of a tile, at most 16
+  int team_m = 1, team_k = 1;            // threads along blocks and along panels
+  int block_images = 1, block_rows = 1;  // either whole images or rows of one
+
+ private:
+  // Of one chunk and phase of so many output rows; tiles read beyond the last pixel.
+  int64_t cells_of_plane(int64_t rows) const {
+    return (rows + shift_h) * pitch + shift_w + kMaxTileRows;
+  }
+
+  // An odd number of lines apart, chunks don't compete for the same sets of the caches.
+  int64_t bytes_of_chunk(int64_t rows) const {
+    return (cells_of_plane(rows) * phases_h * phases_w | 1) * kCellBytes;
+  }
+
+  int64_t bytes_of_image(int64_t rows) const {
+    return bytes_of_chunk(rows) * weights.groups * weights.chunks;
+  }
+
+  // Of the input that one row of output takes.
+  int64_t row_bytes() const {
+    if (direct) return pixel_bytes;
+    return int64_t{pitch} * phases_h * phases_w * weights.groups * weights.chunks * kCellBytes;
+  }
+
+  int64_t rows_within(int64_t bytes) const { return std::max<int64_t>(bytes / row_bytes(), 1); }
+
+  // Chooses blocks of rows whose activations stay in the L2 cache beside the weights that meet
+  // them, and the grid of threads.
+  void split(int threads) {
+    const int64_t all_rows = int64_t{images} * out_h;
+    // By each thread: products of a cell with a panel, and bytes that come from beyond its L2.
+    double least = 0;
+    for (int along_k = 1; along_k <= threads; ++along_k) {
+      if (threads % along_k != 0) continue;
+      const int along_m = threads / along_k;
+      const double rows = static_cast<double>(ceil_div(all_rows, along_m));
+      const double panels = static_cast<double>(ceil_div(weights.all_panels(), along_k));
+      const double products = rows * pitch * panels * weights.steps();
+      const double bytes = rows * static_cast<double>(row_bytes()) +
+                           panels * static_cast<double>(weights.panel_bytes());
+      const double cost = products * kProductCycles + bytes / kBytesPerCycle;
+      if (along_k == 1 || cost < least) {
+        least = cost;
+        team_m = along_m;
+        team_k = along_k;
+      }
+    }
+
+    const bool weights_stay = weights.bytes() / team_k <= kL2Bytes / 2;
+    const int64_t rows = rows_within(!weights_stay ? kMostBytes
+                                     : direct      ? kL1Bytes / 2
+                                                   : kL2Bytes / 8);
+    if (direct) {
+      const int64_t share = ceil_div(out_h, team_m);
+      constexpr int kPair = 2 * kMaxTileRows;
+      const int64_t fitting = std::max<int64_t>(rows / kPair, 1) * kPair;
+      const int64_t per_thread = ceil_div(share, fitting);
+      block_rows = static_cast<int>(
+          std::min<int64_t>(ceil_div(ceil_div(share, per_thread), kPair) * kPair, out_h));
+    } else if (images % team_m != 0 && images < 4 * team_m) {
+      const int64_t share = ceil_div(out_h, team_m);
+      block_rows = static_cast<int>(ceil_div(share, ceil_div(share, rows)));
+    } else if (rows < out_h) {
+      block_rows = static_cast<int>(ceil_div(out_h, ceil_div(out_h, rows)));
+    } else {
+      block_rows = out_h;
+      block_images = static_cast<int>(std::min(rows / out_h, ceil_div(images, team_m)));
+    }
+  }
+
+  static constexpr int64_t kMostBytes = kL2Bytes / 3;
+  static constexpr double kProductCycles = 2.0;  // 64 cycles for two tiles of 16 pixels by 32
+  static constexpr double kBytesPerCycle = 4.0;
+};
+
+}  // namespace
+}  // namespace fused_resnet::cpu
