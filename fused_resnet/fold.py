@@ -291,8 +291,10 @@ class Recipe:
     def cook(self, state: Mapping[str, Tensor]) -> Tensor:
         """The vector [K] that it makes of the tensors in ``state``."""
         names = (self.bias, self.gamma, self.beta, self.mean, self.var)
-        tensors = (None if name is None else state[name].detach() for name in names)
-        return _fold_any(state[self.weight], *tensors, self.eps)[self.part]
+        bias, gamma, beta, mean, var = (
+            None if name is None else state[name].detach() for name in names
+        )
+        return _fold_any(state[self.weight], bias, gamma, beta, mean, var, self.eps)[self.part]
 
 
 def recipes(model: nn.Module) -> dict[int, Recipe]:
@@ -307,9 +309,12 @@ def recipes(model: nn.Module) -> dict[int, Recipe]:
             *tensors, eps = _sources(conv, modules[ident])
             tensors = [conv.weight, *tensors]
             if all(t is None or id(t) in names for t in tensors):
-                named = [None if t is None else names[id(t)] for t in tensors]
+                weight, *rest = [None if t is None else names[id(t)] for t in tensors]
+                assert weight is not None
+                bias, gamma, beta, mean, var = rest
                 for part in (0, 1):
-                    found[id(entry.result[part])] = Recipe(part, *named, eps)  # type: ignore[arg-type]
+                    recipe = Recipe(part, weight, bias, gamma, beta, mean, var, eps)
+                    found[id(entry.result[part])] = recipe
     return found
 
 

@@ -66,6 +66,13 @@ class Meta:
         last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
         return Meta(tuple(t.shape), t.dtype, t.device, last)
 
+    def empty(self) -> Tensor:
+        """A tensor like that."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device).contiguous(
+            memory_format=layout
+        )
+
     @property
     def bytes(self) -> int:
         """Its size, dense."""
@@ -176,9 +183,7 @@ def capture(
                 raise Untraceable(f"it returns a {type(leaf).__name__}")
         return out
 
-    trace = make_fx(
-        flat, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True
-    )
+    trace = make_fx(flat, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
     try:
         with torch.no_grad(), tracing.unchanged(model):
             module = trace(*(leaves[i] for i in places))
@@ -204,7 +209,8 @@ def _read(module: fx.GraphModule, model: nn.Module, structure: pytree.TreeSpec) 
     inputs: list[int] = []
 
     def argument(a: Any) -> Any:
-        return fx.map_arg(a, lambda node: Ref(ids[node]))
+        as_ref: Callable[[fx.Node], Any] = lambda node: Ref(ids[node])  # noqa: E731
+        return fx.map_arg(a, as_ref)
 
     for node in module.graph.nodes:
         number = len(ids)
@@ -244,7 +250,7 @@ def _cleaned(graph: Graph) -> Graph:
     graph = _functional(graph)
     graph = _without_aliases(graph)
     _refuse_writes(graph)
-    live = {i for i in refs_in(graph.outputs)}
+    live = set(refs_in(graph.outputs))
     kept: list[Call] = []
     for call in reversed(graph.calls):
         if call.result in live or _writes(call):
@@ -279,7 +285,7 @@ def _is_view(call: Call) -> bool:
     if call.op is operator.getitem:
         return True
     # Composite operators such as flatten and reshape say nothing of what they may return.
-    return not call.op.namespace == "fused_resnet" and (
+    return call.op.namespace != "fused_resnet" and (
         any(r.alias_info is not None for r in call.op._schema.returns)
         or call.op._schema.name in _MAY_ALIAS
     )
@@ -348,7 +354,9 @@ def _returns_its_argument(call: Call, meta: Mapping[int, Meta]) -> bool:
     if call.op in (aten.alias.default, aten.detach.default, aten.lift_fresh.default):
         return True
     if call.op is aten.to.dtype:
-        return len(call.args) == 2 and not call.kwargs and meta[call.args[0].id].dtype == call.args[1]
+        return (
+            len(call.args) == 2 and not call.kwargs and meta[call.args[0].id].dtype == call.args[1]
+        )
     return False
 
 

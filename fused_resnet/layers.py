@@ -110,11 +110,13 @@ class Layers:
     """A graph as layers.
 
     Attributes:
+        source: the graph that was lowered.
         graph: with the constants that lowering added.
         constant: calls that depend on constants only.
         layers: all others, in order.
     """
 
+    source: Graph
     graph: Graph
     constant: tuple[Call, ...]
     layers: tuple[Layer, ...]
@@ -123,7 +125,8 @@ class Layers:
 def lower(graph: Graph) -> Layers:
     """Sort the calls of a graph."""
     lowering = _Lowering(graph)
-    return Layers(lowering.graph, tuple(lowering.constant), tuple(map(lowering.layer, lowering.rest)))
+    layers = tuple(map(lowering.layer, lowering.rest))
+    return Layers(graph, lowering.graph, tuple(lowering.constant), layers)
 
 
 _OPS = torch.ops.fused_resnet
@@ -187,7 +190,8 @@ class _Lowering:
     def plain_conv(self, call: Call) -> Conv | None:
         defaults = (None, [1, 1], [0, 0], [1, 1], 1)
         x, weight, *rest = call.args
-        bias, stride, padding, dilation, groups = (*rest, *defaults[len(rest) :])
+        given: list[Any] = [*rest, *defaults[len(rest) :]]
+        bias, stride, padding, dilation, groups = given
         meta = self.graph.meta[x.id]
         constants = [weight.id, *([] if bias is None else [bias.id])]
         if (

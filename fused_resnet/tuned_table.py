@@ -22,10 +22,10 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import platformdirs
 import torch
@@ -99,9 +99,7 @@ class Entry:
                 such kernels out.
         """
         left = [
-            t
-            for t in self.timings
-            if t.exact or (tolerance is not None and t.error <= tolerance)
+            t for t in self.timings if t.exact or (tolerance is not None and t.error <= tolerance)
         ]
         ranked = []
         while left:
@@ -114,9 +112,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Proof:
-    """Errors of the layers of one network, each as (ours, stock torch's), in order."""
+    """What came of one network with one choice of kernels and one set of weights.
 
+    Attributes:
+        kernels: full name of the kernel of each layer in the end.
+        errors: of each layer, (ours, stock torch's).
+        notes: what a reader should know.
+        when: seconds since 1970.
+    """
+
+    kernels: tuple[str, ...]
     errors: tuple[tuple[float, float], ...]
+    notes: tuple[str, ...] = ()
     when: float = 0.0
 
 
@@ -133,11 +140,14 @@ class _Environment:
     @property
     def when(self) -> float:
         """The time of the newest part."""
-        parts = (*self.entries.values(), *self.proofs.values())
-        return max((p.when for p in parts), default=0.0)
+        times = [e.when for e in self.entries.values()] + [p.when for p in self.proofs.values()]
+        return max(times, default=0.0)
 
 
-def _merge(mine: dict[str, Any], other: dict[str, Any], limit: int) -> None:
+_Part = TypeVar("_Part", Entry, Proof)
+
+
+def _merge(mine: dict[str, _Part], other: Mapping[str, _Part], limit: int) -> None:
     for key, value in other.items():
         if key not in mine or mine[key].when < value.when:
             mine[key] = value
@@ -158,7 +168,7 @@ class TunedTable:
         self._environments: dict[str, _Environment] | None = None
         self._told: set[str] = set()
 
-    # ------------------------------------------------------------------------------------ what is in
+    # ----------------------------------------------------------------------------------- what is in
 
     def entry(self, op: str, problem: Problem, device: torch.device) -> Entry | None:
         """What was measured of ``problem`` on ``device`` as things are now; None if nothing was."""
@@ -185,7 +195,7 @@ class TunedTable:
     def _environment(self, device: torch.device) -> _Environment:
         return self._loaded().setdefault(environment_of(device), _Environment())
 
-    # ------------------------------------------------------------------------------- reading, writing
+    # ----------------------------------------------------------------------------- reading, writing
 
     def _loaded(self) -> dict[str, _Environment]:
         with self._lock:
@@ -341,7 +351,12 @@ def _entry(data: dict[str, Any]) -> Entry:
 
 
 def _proof(data: dict[str, Any]) -> Proof:
-    return Proof(tuple((float(a), float(b)) for a, b in data["errors"]), float(data["when"]))
+    return Proof(
+        tuple(map(str, data["kernels"])),
+        tuple((float(a), float(b)) for a, b in data["errors"]),
+        tuple(map(str, data["notes"])),
+        float(data["when"]),
+    )
 
 
 def _serialise(environments: dict[str, _Environment]) -> str:

@@ -203,9 +203,7 @@ def _pieces(task: Task) -> list[tuple[Any, ...]]:
     return [(x, weight, scale, shift, r) for x, r in zip(xs, residuals, strict=True)]
 
 
-def _verified(
-    kernel: Kernel, task: Task, exact: Tensor, allowed: Error
-) -> _Candidate | str:
+def _verified(kernel: Kernel, task: Task, exact: Tensor, allowed: Error) -> _Candidate | str:
     """The kernel ready to be timed, or why it is out."""
     reason = kernel.supports(task.problem, task.device)
     if reason is None:
@@ -245,15 +243,15 @@ def _time(found: Sequence[_Candidate], task: Task, effort: Effort) -> None:
     running = list(found)
     for c in running:
         c.samples = [clock(c.call, 1, sweep)]  # The second call: the first was its verification.
-    spent = 0.0
+    start = time.monotonic()
     for round_ in range(10_000):
+        spent = time.monotonic() - start
         if round_ >= effort.rounds and spent >= effort.seconds * len(running):
             break
         for c in running[round_ % len(running) :] + running[: round_ % len(running)]:
             # Short calls are timed many at a time; not where each call needs caches swept.
             calls = 1 if sweep is not None else max(1, math.ceil(2e-4 / max(c.samples[0], 1e-7)))
             c.samples.append(clock(c.call, calls, sweep))
-            spent += c.samples[-1] * calls
         if round_ + 1 == _EARLY_ROUNDS:
             limit = _FAR_BEHIND * min(c.seconds for c in running)
             running = [c for c in running if c.seconds <= limit]
@@ -279,7 +277,7 @@ def _cuda_seconds(call: Callable[[], Any], calls: int, sweep: Callable[[], None]
         call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
+    return float(start.elapsed_time(end)) / 1e3 / calls
 
 
 def _sweeper(task: Task) -> Callable[[], None] | None:

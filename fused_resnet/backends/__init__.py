@@ -120,8 +120,8 @@ def backend(*names: str) -> Iterator[None]:
 def generation() -> tuple[int, bool, bool]:
     """What changes whenever an earlier choice may no longer hold.
 
-    That is when a kernel was rejected or kernels were measured, and when oneDNN or cuDNN is switched on or off, as
-    ``torch.backends.mkldnn.flags`` and ``torch.backends.cudnn.flags`` do.
+    That is when a kernel was rejected or kernels were measured, and when oneDNN or cuDNN is
+    switched on or off, as ``torch.backends.mkldnn.flags`` and ``torch.backends.cudnn.flags`` do.
     """
     return _generation, torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
 
@@ -149,9 +149,7 @@ def candidates(op: str, problem: Problem, device: torch.device) -> list[Kernel]:
     order = NAMES if names is None else (*(n for n in names if n != "torch"), "torch")
     if names is not None and "torch" in names:
         order = names[: names.index("torch") + 1]
-    ranked = [
-        k for name in order for k in KERNELS if k.op == op and k.backend == name and k.exact
-    ]
+    ranked = [k for name in order for k in KERNELS if k.op == op and k.backend == name and k.exact]
 
     def rank(kernel: Kernel) -> tuple[bool, int, bool]:
         # An order that the user gave holds among backends; else what is promising goes first.
@@ -218,6 +216,16 @@ def choose(op: str, problem: Problem, device: torch.device) -> Choice:
             return Choice(kernel, problem, device, tuple(rejected))
         rejected.append((kernel.full_name, reason))
     raise RuntimeError(f"no kernel computes {problem} on {device}: {rejected}")
+
+
+def heuristic(op: str, problem: Problem, device: torch.device) -> Kernel:
+    """The kernel that would be chosen if nothing had been measured."""
+    for kernel in candidates(op, problem, device):
+        if kernel.supports(problem, device) is None and (
+            verdict(kernel, device, problem.dtype) is None
+        ):
+            return kernel
+    raise RuntimeError(f"no kernel computes {problem} on {device}")
 
 
 def verdict(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -299,6 +307,7 @@ __all__ = [
     "forced",
     "forget_choices",
     "generation",
+    "heuristic",
     "named",
     "observe",
     "reject",

@@ -226,7 +226,9 @@ class ImplicitGemm(PackedKernel):
             return (self,)
         chosen = self.schedule(problem, multiprocessors(device))
         splits = [s.splits for s in self.schedules(problem) if s.tile == chosen.tile]
-        near = sorted((s for s in splits if s != chosen.splits), key=lambda s: abs(s - chosen.splits))
+        near = sorted(
+            (s for s in splits if s != chosen.splits), key=lambda s: abs(s - chosen.splits)
+        )
         return (self, *(_split(chosen.tile, self.tf32, s) for s in near[:_NEIGHBOURS]))
 
     def _too_large(self, problem: ConvProblem) -> str | None:
@@ -249,9 +251,7 @@ class ImplicitGemm(PackedKernel):
         """What a tuner may choose among."""
         every = candidates(bundled(problem), gathers(problem))
         return tuple(
-            s
-            for s in every
-            if self.tile in (None, s.tile) and self.splits in (None, s.splits)
+            s for s in every if self.tile in (None, s.tile) and self.splits in (None, s.splits)
         )
 
     def schedule(self, problem: ConvProblem, processors: int) -> ConvSchedule:

@@ -13,8 +13,15 @@ from torch import Tensor
 from fused_resnet.backends.kernel import Kernel, PackedKernel, Prepared
 from fused_resnet.problem import AddReluProblem, ConvProblem, MaxPool
 
-from .config import Arch, Config, configs, heuristic, padded_channels, predicted_cycles
-from .config import stem_pool_tile
+from .config import (
+    Arch,
+    Config,
+    configs,
+    heuristic,
+    padded_channels,
+    predicted_cycles,
+    stem_pool_tile,
+)
 from .device import arch_of, on_device, precision_of, refusal
 from .launch import bind
 from .layout import channels_last, nearest_tf32, vector
