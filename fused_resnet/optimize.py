@@ -45,8 +45,8 @@ def optimize(
     on the layer's real input and weights and timed, stock torch among them; the fastest of the
     right ones computes it. Weights are packed, and as much as possible of the network becomes one
     native call (CPU) or one CUDA graph. What was measured is kept, see
-    `fused_resnet.tuned_table`, so that a second time takes moments: the model is traced and its weights are packed anew, nothing
-    is measured. Layers are compared with float64 anew where weights differ.
+    `fused_resnet.tuned_table`, so that a second time takes moments: the model is traced and its
+    weights are packed anew, nothing is measured. Layers are compared with float64 anew where weights differ.
 
     A model whose forward cannot be written down as a graph (it looks at values, as detectors do)
     still gets tuned kernels: the plan then runs its fused form. ``explain`` says so.

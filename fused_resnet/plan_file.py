@@ -1,10 +1,10 @@
 """Plans in files: the graph, the chosen kernels and the weights, with no code.
 
 A file is in the format of safetensors: tensors by name, and a header in which one entry is JSON
-that describes everything else. Reading it executes nothing: operators are looked up by name among those
-that torch has registered, and only such as compute from tensors are admitted. Weights are stored as
-the model has them and packed anew, so that a file fits other machines of the same kind of device;
-kernels that are not there are replaced, with a warning.
+that describes everything else. Reading it executes nothing: operators are looked up by name among
+those that torch has registered, and only such as compute from tensors are admitted. Weights are
+stored as the model has them and packed anew, so that a file fits other machines with the same kind
+of device; kernels that are not there are replaced, with a warning.
 """
 
 from __future__ import annotations
