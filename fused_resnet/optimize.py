@@ -46,7 +46,8 @@ def optimize(
     right ones computes it. Weights are packed, and as much as possible of the network becomes one
     native call (CPU) or one CUDA graph. What was measured is kept, see
     `fused_resnet.tuned_table`, so that a second time takes moments: the model is traced and its
-    weights are packed anew, nothing is measured. Layers are compared with float64 anew where weights differ.
+    weights are packed anew, nothing is measured. Where weights differ from those that were seen,
+    layers are compared with float64 again.
 
     A model whose forward cannot be written down as a graph (it looks at values, as detectors do)
     still gets tuned kernels: the plan then runs its fused form. ``explain`` says so.

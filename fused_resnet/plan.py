@@ -142,6 +142,9 @@ class Plan(nn.Module):
         found = self._specialisations.get(key)
         if found is None:
             return self._unknown(key, tensors, args, kwargs)
+        if not found.pinned:
+            with contextlib.suppress(KeyError):  # Another thread may have dropped it by now.
+                self._specialisations.move_to_end(key)
         try:
             with self._context():
                 return found.run(*tensors)
@@ -179,8 +182,6 @@ class Plan(nn.Module):
                 if key not in self._specialisations:
                     self._specialise_untimed(args, kwargs)
                 found = self._specialisations.get(key)
-                if found is not None:
-                    self._specialisations.move_to_end(key)
             if found is not None:
                 with self._context():
                     return found.run(*tensors)
