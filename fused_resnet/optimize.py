@@ -16,7 +16,8 @@ from fused_resnet.console import err
 from fused_resnet.in_place import tune_in_place
 from fused_resnet.plan import Plan, Policy
 from fused_resnet.planner import Progress, Settings, decide
-from fused_resnet.program import Program, Weights
+from fused_resnet.program import Program
+from fused_resnet.weights import Weights
 from fused_resnet.source import Source
 from fused_resnet.tracing import Untraceable, stock_class
 from fused_resnet.tuned_table import TunedTable, table

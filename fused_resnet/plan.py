@@ -20,7 +20,8 @@ from fused_resnet.cuda_graph import CudaGraph
 from fused_resnet.graph import Meta
 from fused_resnet.plan_report import MemoryReport, PlanReport, memory_report, report
 from fused_resnet.planner import Decision, Settings, decide_untimed
-from fused_resnet.program import Program, Weights
+from fused_resnet.program import Program
+from fused_resnet.weights import Weights
 from fused_resnet.source import Source, converted_state
 from fused_resnet.tracing import Untraceable
 from fused_resnet.tuned_table import TunedTable

@@ -31,7 +31,8 @@ from fused_resnet.graph import Call, Graph, Literal, Meta, Named, Origin, Ref
 from fused_resnet.layers import Layers, lower
 from fused_resnet.plan import Plan, Policy
 from fused_resnet.planner import Decision, Outcome, Settings
-from fused_resnet.program import Program, Weights
+from fused_resnet.program import Program
+from fused_resnet.weights import Weights
 from fused_resnet.proving import tunable
 from fused_resnet.source import converted_state
 from fused_resnet.tuned_table import environment_of, table

@@ -25,7 +25,8 @@ from fused_resnet import backends
 from fused_resnet.backends.kernel import Kernel
 from fused_resnet.layers import Conv, Layers, Tunable
 from fused_resnet.numerics import TOLERANCE, Error
-from fused_resnet.program import Program, Weights
+from fused_resnet.program import Program
+from fused_resnet.weights import Weights
 from fused_resnet.proving import digest, errors_of, stock_kernel, stock_result, tunable, walk
 from fused_resnet.tuned_table import Entry, Proof, TunedTable
 from fused_resnet.tuning import EFFORTS, Task, is_current, measure

@@ -7,7 +7,7 @@ A value is let go after the step that reads it last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,98 +16,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fused_resnet import native, ops
-from fused_resnet.backends.kernel import Kernel, PackedKernel, Prepared
-from fused_resnet.graph import Graph, Named, evaluate_constants, refs_in, substitute
+from fused_resnet.backends.cpu_program import CpuProgram
+from fused_resnet.backends.cpu_program import Step as NativeStep
+from fused_resnet.backends.kernel import Kernel, PackedKernel
+from fused_resnet.graph import evaluate_constants, refs_in, substitute
 from fused_resnet.layers import AddRelu, Conv, Layer, Layers, Plain
+from fused_resnet.weights import Weights
 
 #: The kernel of each layer that has one, by the layer's result.
 Kernels = Mapping[int, Kernel]
 
 #: What a step does: read the environment, and write its results there.
 Action = Callable[[list[Any]], None]
-
-
-class Weights:
-    """What the programs of one plan have derived from one set of weights, each thing once.
-
-    Nothing here shares memory with ``state``: training the model on does not change a plan.
-
-    Args:
-        state: parameters and buffers by name.
-    """
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self.state = state
-        self._packed: dict[Hashable, Prepared] = {}
-        self._own: dict[str, Tensor] = {}
-
-    def packed(
-        self, kernel: PackedKernel, layer: Conv, graph: Graph, constants: Mapping[int, Tensor]
-    ) -> Prepared:
-        """The layer's weight as its kernel wants it."""
-        operands = [constants[i] for i in layer.constants]
-        layout = kernel.layout(layer.problem, operands[0].device)
-        origins = tuple(graph.origins.get(i) for i in layer.constants)
-        # Graphs of several shapes name the same weights alike; what has no name is not shared.
-        known = all(origin is not None for origin in origins)
-        key: Hashable = (kernel, layout, origins if known else (id(graph), layer.result))
-        if key not in self._packed:
-            prepared = kernel.prepared(layer.problem, *operands)
-            self._packed[key] = Prepared(_detached(prepared.value, operands))
-        return self._packed[key]
-
-    def own(self, graph: Graph, value: int, tensor: Tensor) -> Tensor:
-        """A constant that steps read as it is: a copy, shared by all programs."""
-        origin = graph.origins.get(value)
-        if not isinstance(origin, Named):
-            return tensor
-        if origin.name not in self._own:
-            self._own[origin.name] = tensor.clone(memory_format=torch.preserve_format)
-        return self._own[origin.name]
-
-    def release(self) -> None:
-        """Let go of the weights themselves: no more programs can be made."""
-        self.state = {}
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of everything that was derived."""
-        tensors = [
-            t
-            for value in (*(p.value for p in self._packed.values()), *self._own.values())
-            for t in _tensors(value)
-        ]
-        return sum({_address(t): _size(t) for t in tensors}.values())
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Tensors in packed weights: a tensor, or a named tuple or dataclass of some."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, tuple | list):
-        return [t for part in value for t in _tensors(part)]
-    return [t for part in getattr(value, "__dict__", {}).values() for t in _tensors(part)]
-
-
-def _address(t: Tensor) -> int:
-    return id(t) if t.layout != torch.strided else t.untyped_storage().data_ptr()
-
-
-def _size(t: Tensor) -> int:
-    return (
-        t.numel() * t.element_size() if t.layout != torch.strided else t.untyped_storage().nbytes()
-    )
-
-
-def _detached(value: Any, sources: Sequence[Tensor]) -> Any:
-    """Packed weights, with a copy in the place of each tensor that is a source's memory still."""
-    shared = {_address(t) for t in sources}
-    if isinstance(value, Tensor):
-        return value.clone() if _address(value) in shared else value
-    if isinstance(value, tuple):
-        parts = [_detached(part, sources) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
 
 
 @dataclass
@@ -118,11 +38,13 @@ class Step:
         action: what it does.
         layers: results of the layers that it computes.
         frees: slots of values that nobody reads after it.
+        native: whether it is a native program.
     """
 
     action: Action
     layers: tuple[int, ...]
     frees: tuple[int, ...] = ()
+    native: bool = False
 
 
 @dataclass
@@ -147,9 +69,12 @@ class Program:
         layers: what is computed.
         kernels: by which kernels.
         weights: on which weights.
+        join: whether native layers in a row become one call.
     """
 
-    def __init__(self, layers: Layers, kernels: Kernels, weights: Weights) -> None:
+    def __init__(
+        self, layers: Layers, kernels: Kernels, weights: Weights, join: bool = True
+    ) -> None:
         self.layers = layers
         self.kernels = dict(kernels)
         graph = layers.graph
@@ -157,7 +82,8 @@ class Program:
         made = {*graph.inputs, *(layer.result for layer in layers.layers)}
         needed |= set(refs_in(graph.outputs)) - made
         constants = evaluate_constants(graph, layers.constant, weights.state, needed)
-        builder = _Builder(layers, self.kernels, weights, constants)
+        builder = _Builder(layers, self.kernels, weights, constants, join)
+        self.join = join
         self.steps = builder.steps()
         self.native = builder.programs
         self._slots = builder.slots
@@ -180,7 +106,7 @@ class Program:
     @property
     def memory(self) -> Memory:
         """Bytes needed; counted from the lifetimes of values, not measured."""
-        inside = {i for step in self.steps if len(step.layers) > 1 for i in step.layers}
+        inside = {i for step in self.steps if step.native for i in step.layers}
         arena = sum(n.arena_bytes for n in self.native)
         return Memory(
             arena,
@@ -239,9 +165,10 @@ class _Builder:
     kernels: Kernels
     weights: Weights
     constants: Mapping[int, Tensor]
+    join: bool
     slots: dict[int, int] = field(default_factory=dict)
     held: dict[int, Tensor] = field(default_factory=dict)
-    programs: list[Any] = field(default_factory=list)
+    programs: list[CpuProgram] = field(default_factory=list)
 
     def slot(self, value: int) -> int:
         return self.slots.setdefault(value, len(self.slots))
@@ -267,11 +194,12 @@ class _Builder:
                 self.hold(value)
             self.slot(value)
         found: list[Step] = []
-        run: list[tuple[Layer, native.Part]] = []
+        run: list[tuple[Layer, list[NativeStep]]] = []
+        segments = native.Segments(self.layers, self.kernels, self.weights, self.constants)
         for layer in self.layers.layers:
-            part = self.native_part(layer)
-            if part is not None:
-                run.append((layer, part))
+            steps = segments.steps(layer) if self.join else None
+            if steps is not None:
+                run.append((layer, steps))
                 continue
             found += self.native_step(run)
             run = []
@@ -292,33 +220,20 @@ class _Builder:
             step.frees = tuple(self.slots[i] for i in new)
             seen.update(new)
 
-    # ------------------------------------------------------------------------------ native programs
+    # ---------------------------------------------------------------------------- native programs
 
-    def native_part(self, layer: Layer) -> native.Part | None:
-        kernel = self.kernels.get(layer.result)
-        packed = None
-        if isinstance(layer, Conv):
-            if not isinstance(kernel, PackedKernel) or not native.joins(layer, kernel):
-                return None
-            packed = self.weights.packed(kernel, layer, self.layers.graph, self.constants)
-        own = (
-            {i: self.weights.own(self.layers.graph, i, self.constants[i]) for i in layer.constants}
-            if not isinstance(layer, Conv)
-            else {i: self.constants[i] for i in layer.constants}
-        )
-        return native.part(layer, kernel, packed, own, self.layers.graph.meta)
-
-    def native_step(self, run: list[tuple[Layer, native.Part]]) -> list[Step]:
-        if not run:
-            return []
+    def native_step(self, run: list[tuple[Layer, list[NativeStep]]]) -> list[Step]:
+        """One step for layers in a row; or a step for each, where that is no worse."""
+        steps = [step for _, found in run for step in found]
+        if not native.is_worth_it(steps):
+            return [Step(self.action(layer), (layer.result,)) for layer, _ in run]
         made = [layer.result for layer, _ in run]
         read = dict.fromkeys(i for layer, _ in run for i in layer.reads)
         inputs = [i for i in read if i not in made]
-        outside = {
-            i for layer in self.layers.layers if layer.result not in made for i in layer.reads
-        } | set(refs_in(self.layers.graph.outputs))
+        outside = {i for other in self.layers.layers if other.result not in made for i in other.reads}
+        outside.update(refs_in(self.layers.graph.outputs))
         outputs = [i for i in made if i in outside]
-        program = native.program([part for _, part in run], self.layers.graph.meta, inputs, outputs)
+        program = native.program(steps, self.layers.graph, inputs, outputs)
         self.programs.append(program)
         sources = [self.slot(i) for i in inputs]
         targets = [self.slot(i) for i in outputs]
@@ -328,7 +243,7 @@ class _Builder:
             for target, result in zip(targets, results, strict=True):
                 env[target] = result
 
-        return [Step(action, tuple(made))]
+        return [Step(action, tuple(made), native=True)]
 
     # --------------------------------------------------------------------------------- other layers
 
@@ -404,4 +319,4 @@ def _has_slot(argument: Any) -> bool:
     return any(type(leaf) is _Slot for leaf in pytree.tree_leaves(argument))
 
 
-__all__ = ["Kernels", "Memory", "Program", "Step", "Weights", "last_reads"]
+__all__ = ["Kernels", "Memory", "Program", "Step", "last_reads"]
