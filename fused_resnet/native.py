@@ -1,12 +1,13 @@
 """Which layers a native CPU program computes, and how they are written down for it.
 
 Convolutions by native kernels, sums, max-poolings, global means and linear layers become steps of
-``backends.cpu_program``. A conversion of the input's dtype is left to the stem, which reads any; the
-flattening behind a global mean is nothing at all.
+``backends.cpu_program``. A conversion of the input's dtype is left to the stem, which reads any;
+the flattening behind a global mean is nothing at all.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ from fused_resnet.weights import Weights
 
 _ATEN = torch.ops.aten
 _DTYPES = (torch.float32, torch.bfloat16)
+_FLATTEN = (_ATEN.flatten.using_ints, _ATEN.view.default, _ATEN.reshape.default)
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Segments:
 
     def __post_init__(self) -> None:
         order = self.layers.layers
-        for first, second in zip(order, order[1:], strict=False):
+        for first, second in itertools.pairwise(order):
             if self._readers(first.result) != 1 or second.reads != (first.result,):
                 continue
             if self._is_conversion(first) and self._is_stem(second):
@@ -117,7 +119,8 @@ class Segments:
             made = {other.result for other in self.layers.layers}
             return None if layer.reads[0] in made else [Convert(layer.reads[0], layer.result)]
         if self._is_mean(layer):
-            return [GlobalAveragePool(layer.reads[0], self._instead.get(layer.result, layer.result))]
+            made_here = self._instead.get(layer.result, layer.result)
+            return [GlobalAveragePool(layer.reads[0], made_here)]
         if self._is_flatten(layer) and layer.result in self._instead.values():
             return []  # The mean made it.
         return self._max_pool(layer) or self._linear(layer)
@@ -149,7 +152,7 @@ class Segments:
     def _is_flatten(self, layer: Layer) -> bool:
         if not isinstance(layer, Plain) or len(layer.reads) != 1 or layer.constants:
             return False
-        if layer.call.op not in (_ATEN.flatten.using_ints, _ATEN.view.default, _ATEN.reshape.default):
+        if layer.call.op not in _FLATTEN:
             return False
         before, after = self.meta[layer.reads[0]].shape, self.meta[layer.result].shape
         return len(before) == 4 and before[2:] == (1, 1) and after == before[:2]
@@ -185,7 +188,7 @@ class Segments:
             shape[0], c, 1, 1, k, 1, 1, (1, 1), (0, 0), (1, 1), 1, "none",
             self.meta[layer.result].dtype,
         )  # fmt: skip
-        kernel = next((n for n in cpu.KERNELS if isinstance(n, PackedKernel) and n.name == "direct"))
+        kernel = next(n for n in cpu.KERNELS if isinstance(n, PackedKernel) and n.name == "direct")
         if kernel.supports(p, w.device) is not None:
             return None
         scale = torch.ones(k)

@@ -17,11 +17,11 @@ from fused_resnet.in_place import tune_in_place
 from fused_resnet.plan import Plan, Policy
 from fused_resnet.planner import Progress, Settings, decide
 from fused_resnet.program import Program
-from fused_resnet.weights import Weights
 from fused_resnet.source import Source
 from fused_resnet.tracing import Untraceable, stock_class
 from fused_resnet.tuned_table import TunedTable, table
 from fused_resnet.tuning import EFFORTS
+from fused_resnet.weights import Weights
 
 
 def optimize(
@@ -182,7 +182,9 @@ def _specialise(
     layers = source.layers(args, kwargs)
     inputs = [t.detach() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     decision = decide(layers, source.state, inputs, settings, known, tell)
-    plan.add((args, kwargs), Program(layers, decision.kernels, plan.weights), decision)
+    plan.add(
+        (args, kwargs), Program(layers, decision.kernels, plan.weights, decision.join), decision
+    )
 
 
 @contextlib.contextmanager

@@ -21,11 +21,11 @@ from fused_resnet.graph import Meta
 from fused_resnet.plan_report import MemoryReport, PlanReport, memory_report, report
 from fused_resnet.planner import Decision, Settings, decide_untimed
 from fused_resnet.program import Program
-from fused_resnet.weights import Weights
 from fused_resnet.source import Source, converted_state
 from fused_resnet.tracing import Untraceable
 from fused_resnet.tuned_table import TunedTable
 from fused_resnet.warn import FusedResNetWarning
+from fused_resnet.weights import Weights
 
 #: Positional and keyword arguments of a call.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -280,7 +280,7 @@ class Plan(nn.Module):
             self._reason = str(e)
             return
         decision = decide_untimed(layers, self._settings, self._table)
-        program = Program(layers, decision.kernels, self._weights)
+        program = Program(layers, decision.kernels, self._weights, decision.join)
         self.add((args, dict(kwargs)), program, decision, pinned=False)
 
     # ----------------------------------------------------------------------------------- what is in
@@ -331,7 +331,7 @@ class Plan(nn.Module):
             del like
             weights = Weights(new)
             made = [
-                (s, Program(s.program.layers, s.program.kernels, weights))
+                (s, Program(s.program.layers, s.program.kernels, weights, s.program.join))
                 for s in self._specialisations.values()
             ]
             fresh: OrderedDict[Hashable, Specialisation] = OrderedDict()

@@ -32,12 +32,12 @@ from fused_resnet.layers import Layers, lower
 from fused_resnet.plan import Plan, Policy
 from fused_resnet.planner import Decision, Outcome, Settings
 from fused_resnet.program import Program
-from fused_resnet.weights import Weights
 from fused_resnet.proving import tunable
 from fused_resnet.source import converted_state
 from fused_resnet.tuned_table import environment_of, table
 from fused_resnet.version import __version__
 from fused_resnet.warn import warn
+from fused_resnet.weights import Weights
 
 #: Name and version of the format; a reader refuses another.
 SCHEMA = "fused_resnet.plan/1"
@@ -100,6 +100,7 @@ def save(plan: Plan, path: str | Path, state: Mapping[str, Tensor] | None) -> No
                 "layers": outcomes,
                 "notes": s.decision.notes,
                 "seconds": s.decision.seconds,
+                "join": s.decision.join,
             }
         )
     description = {
@@ -279,9 +280,11 @@ def _plan(
         layers = lower(graph)
         outcomes, missing = _outcomes(layers, part["layers"], device)
         replaced += missing
-        decision = Decision(outcomes, list(map(str, part["notes"])), part["seconds"])
+        decision = Decision(
+            outcomes, list(map(str, part["notes"])), part["seconds"], bool(part["join"])
+        )
         arguments = _decode(part["inputs"], device)
-        plan.add(arguments, Program(layers, decision.kernels, weights), decision)
+        plan.add(arguments, Program(layers, decision.kernels, weights, decision.join), decision)
     weights.release()
     here = environment_of(device)
     if replaced:

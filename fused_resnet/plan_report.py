@@ -14,8 +14,8 @@ from fused_resnet.console import duration, megabytes, plain, table
 from fused_resnet.layers import Plain
 from fused_resnet.planner import Outcome, Settings
 from fused_resnet.program import Program
-from fused_resnet.weights import Weights
 from fused_resnet.tuned_table import Timing
+from fused_resnet.weights import Weights
 
 if TYPE_CHECKING:
     from fused_resnet.plan import Specialisation

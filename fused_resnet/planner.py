@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,11 +25,11 @@ from fused_resnet.backends.kernel import Kernel
 from fused_resnet.layers import Conv, Layers, Tunable
 from fused_resnet.numerics import TOLERANCE, Error
 from fused_resnet.program import Program
-from fused_resnet.weights import Weights
 from fused_resnet.proving import digest, errors_of, stock_kernel, stock_result, tunable, walk
 from fused_resnet.tuned_table import Entry, Proof, TunedTable
 from fused_resnet.tuning import EFFORTS, Task, is_current, measure
-from fused_resnet.warn import FusedResNetWarning
+from fused_resnet.warn import warn
+from fused_resnet.weights import Weights
 
 #: Told what is going on and the share of the whole that is done.
 Progress = Callable[[str, float], None]
@@ -39,6 +38,9 @@ Progress = Callable[[str, float], None]
 _CONTEST_SHARE, _CONTEST_ROUNDS = 0.2, (5, 50)
 #: The first assignment stays unless another is faster by more than this.
 _CONTEST_TIE = 0.02
+#: A program's result may differ from that of its layers one by one by so much: the order of sums in
+#: poolings and linear layers, no more. What reads or writes where it should not is off by far.
+_AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-10, torch.float16: 2e-2, torch.bfloat16: 0.1}
 #: An inexact kernel's worst element may be off by so many times the tolerance on the norm.
 _WORST = 8.0
 
@@ -93,11 +95,13 @@ class Decision:
         outcomes: in order.
         notes: about the whole: what ended early, which assignment won.
         seconds: of one call of the program; None if it was not timed.
+        join: whether native layers in a row become one call.
     """
 
     outcomes: list[Outcome]
     notes: list[str] = field(default_factory=list)
     seconds: float | None = None
+    join: bool = True
 
     @property
     def kernels(self) -> dict[int, Kernel]:
@@ -154,7 +158,7 @@ def measure_all(
         table.put(task.op, task.problem, task.device, entry)
     backends.forget_choices()
     for note in notes:
-        warnings.warn(note, FusedResNetWarning, stacklevel=4)
+        warn(note, stacklevel=4)
     return notes
 
 
@@ -178,6 +182,11 @@ class _Planner:
         self.progress = progress
         self.notes: list[str] = []
         self.device = layers.graph.meta[layers.graph.inputs[0]].device
+        self.dtype = max(
+            (layer.problem.dtype for layer in self.layers),
+            key=lambda dtype: torch.finfo(dtype).eps,
+            default=torch.float32,
+        )
 
     def decide(self) -> Decision:
         self.measure_missing()
@@ -190,6 +199,7 @@ class _Planner:
         proven, errors = self.prove(assignments)
         best, seconds = self.contest(proven)
         decision = self.decision(proven[best], errors, seconds)
+        decision.join = self.joins_rightly(proven[best])
         self.table.put_proof(
             self.device,
             number,
@@ -197,6 +207,8 @@ class _Planner:
                 tuple(o.kernel.full_name for o in decision.outcomes),
                 tuple((o.error or 0.0, o.stock_error or 0.0) for o in decision.outcomes),
                 tuple(self.notes),
+                decision.join,
+                decision.seconds,
                 time.time(),
             ),
         )
@@ -357,6 +369,31 @@ class _Planner:
             )
         return proven.index(distinct[best]), medians[best]
 
+    def joins_rightly(self, kernels: Mapping[int, Kernel]) -> bool:
+        """Whether the program returns what its layers return one by one."""
+        program = Program(self.whole, kernels, Weights(self.state))
+        if not program.native:
+            return True
+
+        def visit(layer: Tunable, task: Task) -> Tensor:
+            result = call_of(kernels[layer.result], task)()
+            return channels_last(result) if isinstance(layer, Conv) else result
+
+        with torch.inference_mode():
+            found = pytree.tree_leaves(program(*self.inputs))
+        one_by_one = walk(self.whole, self.state, self.inputs, visit)
+        for ours, theirs in zip(found, one_by_one, strict=True):
+            if not isinstance(ours, Tensor) or not ours.is_floating_point() or not ours.numel():
+                continue
+            allowed = _AGREEMENT[self.dtype]
+            off = error(ours, theirs.double())
+            if not off.finite or off.l2 > allowed or off.worst > allowed:
+                note = f"layers in a row are not joined: as one call they are off by {off}"
+                self.notes.append(note)
+                warn(note, stacklevel=5)
+                return False
+        return True
+
     # -------------------------------------------------------------------------------------- results
 
     def decision(
@@ -384,7 +421,7 @@ class _Planner:
                 return None
             entry = self.table.entry(layer.op, layer.problem, self.device)
             outcomes.append(Outcome(layer, kernel, entry, *errors))
-        return Decision(outcomes, [*self.notes, *proof.notes])
+        return Decision(outcomes, [*self.notes, *proof.notes], proof.seconds, proof.join)
 
 
 def _seconds(program: Program, inputs: Sequence[Tensor]) -> float:

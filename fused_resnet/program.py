@@ -230,7 +230,9 @@ class _Builder:
         made = [layer.result for layer, _ in run]
         read = dict.fromkeys(i for layer, _ in run for i in layer.reads)
         inputs = [i for i in read if i not in made]
-        outside = {i for other in self.layers.layers if other.result not in made for i in other.reads}
+        outside = {
+            i for other in self.layers.layers if other.result not in made for i in other.reads
+        }
         outside.update(refs_in(self.layers.graph.outputs))
         outputs = [i for i in made if i in outside]
         program = native.program(steps, self.layers.graph, inputs, outputs)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_resnet import backends, ops
 from fused_resnet.backends.kernel import Kernel
-from fused_resnet.graph import Graph, Literal, evaluate_constants, substitute
+from fused_resnet.graph import Graph, Literal, evaluate_constants, refs_in, substitute
 from fused_resnet.layers import Conv, Layers, Plain, Tunable
 from fused_resnet.numerics import Error, error
 from fused_resnet.problem import ConvProblem
@@ -32,7 +32,7 @@ Visit = Callable[[Tunable, Task], Tensor]
 
 def walk(
     layers: Layers, state: Mapping[str, Tensor], inputs: Sequence[Tensor], visit: Visit
-) -> None:
+) -> list[Any]:
     """Run the layers one after another, each value let go when nobody reads it any more.
 
     Args:
@@ -40,9 +40,14 @@ def walk(
         state: parameters and buffers by name.
         inputs: of the graph.
         visit: computes the layers that kernels compete for.
+
+    Returns:
+        What the graph returns, as leaves.
     """
     graph = layers.graph
+    made = {*graph.inputs, *(layer.result for layer in layers.layers)}
     needed = {i for layer in layers.layers for i in layer.constants}
+    needed |= set(refs_in(graph.outputs)) - made
     constants = evaluate_constants(graph, layers.constant, state, needed)
     env: dict[int, Any] = dict(zip(graph.inputs, inputs, strict=True))
     last = last_reads(layers)
@@ -60,6 +65,8 @@ def walk(
             for i in {*layer.reads, layer.result}:
                 if last.get(i, position) == position:
                     env.pop(i, None)
+    results: list[Any] = substitute(list(graph.outputs), value)
+    return results
 
 
 def _task(layer: Tunable, value: Callable[[int], Tensor]) -> Task:

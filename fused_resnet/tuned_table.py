@@ -118,12 +118,16 @@ class Proof:
         kernels: full name of the kernel of each layer in the end.
         errors: of each layer, (ours, stock torch's).
         notes: what a reader should know.
+        join: whether native layers in a row become one call.
+        seconds: of one call of the whole; None if it was not timed.
         when: seconds since 1970.
     """
 
     kernels: tuple[str, ...]
     errors: tuple[tuple[float, float], ...]
     notes: tuple[str, ...] = ()
+    join: bool = True
+    seconds: float | None = None
     when: float = 0.0
 
 
@@ -355,6 +359,8 @@ def _proof(data: dict[str, Any]) -> Proof:
         tuple(map(str, data["kernels"])),
         tuple((float(a), float(b)) for a, b in data["errors"]),
         tuple(map(str, data["notes"])),
+        bool(data["join"]),
+        None if data["seconds"] is None else float(data["seconds"]),
         float(data["when"]),
     )
 
