@@ -109,7 +109,7 @@ class Segments:
             )
         ]  # fmt: skip
 
-    # ------------------------------------------------------------------------------------ the others
+    # ---------------------------------------------------------------------------------- the others
 
     def _plain(self, layer: Plain) -> list[Step] | None:
         if layer.result in self._instead and self._is_conversion(layer):

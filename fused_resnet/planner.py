@@ -19,15 +19,17 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fused_resnet import backends
 from fused_resnet.backends.kernel import Kernel
 from fused_resnet.layers import Conv, Layers, Tunable
-from fused_resnet.numerics import TOLERANCE, Error
+from fused_resnet.numerics import TOLERANCE, Error, error
+from fused_resnet.ops import channels_last
 from fused_resnet.program import Program
 from fused_resnet.proving import digest, errors_of, stock_kernel, stock_result, tunable, walk
 from fused_resnet.tuned_table import Entry, Proof, TunedTable
-from fused_resnet.tuning import EFFORTS, Task, is_current, measure
+from fused_resnet.tuning import EFFORTS, Task, call_of, is_current, measure
 from fused_resnet.warn import warn
 from fused_resnet.weights import Weights
 
