@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_resnet import _build
 from fused_resnet.backends.kernel import Kernel, PackedKernel
 from fused_resnet.backends.torch_ import affine, finish
-from fused_resnet.problem import EPILOGUES, AddReluProblem, ConvProblem
+from fused_resnet.problem import EPILOGUES, AddReluProblem, ConvProblem, MaxPool
 
 
 def affine_act_(
@@ -66,16 +66,44 @@ class NativeAddRelu(Kernel):
         return result
 
 
+def geometry(problem: ConvProblem) -> tuple[int, ...]:
+    """Sizes of a convolution in the order in which the compiled extension takes them."""
+    p = problem
+    image, window = (p.n, p.c, p.h, p.w, p.k, p.r, p.s), (*p.stride, *p.padding, *p.dilation)
+    return *image, *window, p.groups
+
+
+def pool_window(pool: MaxPool) -> tuple[int, ...]:
+    """Kernel, stride and padding of a pooling as the compiled extension takes them."""
+    return *pool.kernel, *pool.stride, *pool.padding
+
+
 @functools.lru_cache(maxsize=4096)
 def native_conv(name: str, isa: str, problem: ConvProblem) -> Any:
     """The compiled convolution ``name`` at level ``isa`` for one problem, see ``_C.CpuConv``."""
     assert _build.extension is not None
-    p = problem
-    geometry = (
-        *(p.n, p.c, p.h, p.w, p.k, p.r, p.s),
-        *(*p.stride, *p.padding, *p.dilation, p.groups),
-    )
-    return _build.extension.CpuConv(name, isa, geometry, EPILOGUES.index(p.epilogue), p.dtype)
+    epilogue = EPILOGUES.index(problem.epilogue)
+    return _build.extension.CpuConv(name, isa, geometry(problem), epilogue, problem.dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def native_stem(isa: str, problem: ConvProblem) -> Any:
+    """The compiled stem at level ``isa`` for one problem with pooling, see ``_C.CpuStem``."""
+    assert _build.extension is not None
+    assert problem.pool is not None
+    window = pool_window(problem.pool)
+    return _build.extension.CpuStem(isa, geometry(problem), window, problem.dtype)
+
+
+def unavailable(problem: ConvProblem, device: torch.device) -> str | None:
+    """Why no native convolution can be offered a problem, whatever its geometry."""
+    if device.type != "cpu":
+        return f"compiled for the CPU, not for {device.type}"
+    if _build.extension is None:
+        return f"the compiled extension is missing: {_build.extension_error}"
+    if problem.dtype not in (torch.float32, torch.bfloat16):
+        return f"only float32 and bfloat16 are offered, not {problem.dtype}"
+    return None
 
 
 class NativeConv(PackedKernel):
@@ -100,12 +128,9 @@ class NativeConv(PackedKernel):
 
     def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
         """CPU, fp32 and bf16, and what the compiled kernel says."""
-        if device.type != "cpu":
-            return f"compiled for the CPU, not for {device.type}"
-        if _build.extension is None:
-            return f"the compiled extension is missing: {_build.extension_error}"
-        if problem.dtype not in (torch.float32, torch.bfloat16):
-            return f"only float32 and bfloat16 are offered, not {problem.dtype}"
+        if reason := unavailable(problem, device):
+            return reason
+        assert _build.extension is not None
         isa = _build.extension.isa()
         if self.name not in _build.extension.cpu_conv_kernels(isa):
             return f"this CPU, or level {isa}, lacks the instructions"
@@ -136,6 +161,44 @@ class NativeConv(PackedKernel):
         return result
 
 
+class NativeStem(PackedKernel):
+    """The stem in one pass over x, NCHW or channels_last; see ``csrc/cpu/stem.h``."""
+
+    backend, op, name = "cpu", "conv_affine_relu_maxpool", "stem"
+    packs_vectors = False
+
+    def stem(self, problem: ConvProblem) -> Any:
+        """The compiled stem for ``problem``, at the instruction-set level in use."""
+        assert _build.extension is not None
+        return native_stem(_build.extension.isa(), problem)
+
+    def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
+        """CPU, fp32 and bf16, no groups, no dilation."""
+        return unavailable(problem, device) or self.stem(problem).why_not or None
+
+    def promising(self, problem: ConvProblem, device: torch.device) -> bool:
+        """No: that it beats oneDNN is for a measurement to say."""
+        return False
+
+    def pack_key(self, problem: ConvProblem) -> Hashable:
+        """The layout differs between levels, and otherwise depends on the weight's shape alone."""
+        assert _build.extension is not None
+        isa: str = _build.extension.isa()
+        return isa
+
+    def prepare(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """The weight in the stem's layout, as bytes."""
+        packed: Tensor = self.stem(problem).pack(weight.detach())
+        return packed
+
+    def run(self, problem: ConvProblem, *args: Any) -> Tensor:
+        """See `Kernel`."""
+        x, weight, scale, shift, _residual = args
+        packed = self.packed(problem, weight, scale, shift)
+        result: Tensor = self.stem(problem).run(x, packed, scale, shift)
+        return result
+
+
 def _native_convs() -> tuple[NativeConv, ...]:
     """A kernel for each name that any level of this CPU offers, simplest first."""
     extension = _build.extension
@@ -146,4 +209,4 @@ def _native_convs() -> tuple[NativeConv, ...]:
     return tuple(NativeConv(name) for name in names)
 
 
-KERNELS: tuple[Kernel, ...] = (NativeAddRelu(), *_native_convs())
+KERNELS: tuple[Kernel, ...] = (NativeAddRelu(), *_native_convs(), NativeStem())
