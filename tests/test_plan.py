@@ -294,7 +294,7 @@ def test_memory_is_counted() -> None:
     assert memory.stock_weights == state
     assert memory.weights > 0
     # The stem: its input is not counted; its convolution, its batch norm and the pooled image are.
-    stem, pooled = 2 * 64 * 24 * 24 * 4, 2 * 64 * 12 * 12 * 4
+    stem, pooled = 2 * 16 * 24 * 24 * 4, 2 * 16 * 12 * 12 * 4
     assert memory.stock_activations == 2 * stem + pooled
     assert 0 < memory.arena + memory.activations < memory.stock_activations
 
