@@ -3,7 +3,6 @@
 // Like vec_loop.h, everything here has internal linkage.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -62,8 +61,8 @@ class Layout {
 
   explicit Layout(const ConvProblem& p)
       : taps(int64_t{p.r} * p.s), c(p.c / p.groups), k(p.k / p.groups), groups_(p.groups) {
-    bundle_ = std::max<int64_t>(1, std::min(kWidth / k, kWidth / c));
-    bundle_ = std::min(bundle_, groups_);
+    bundle_ = max(1, min(kWidth / k, kWidth / c));
+    bundle_ = min(bundle_, groups_);
     panels_of_group_ = bundle_ > 1 ? 1 : divide_up(k, P::kVectors * kWidth);
   }
 
@@ -90,12 +89,12 @@ class Layout {
   Panel panel(int64_t index) const {
     if (grouped()) {
       const int64_t first = index * bundle_;
-      const int64_t groups = std::min(bundle_, groups_ - first);
+      const int64_t groups = min(bundle_, groups_ - first);
       return {index * taps * steps() * step_bytes(1), first * c, first * k, groups * k, 1};
     }
     const int64_t group = index / panels_of_group_, within = index % panels_of_group_;
     const int64_t first = within * P::kVectors * kWidth;
-    const int64_t channels = std::min(P::kVectors * kWidth, k - first);
+    const int64_t channels = min(P::kVectors * kWidth, k - first);
     const int64_t vectors_before = group * divide_up(k, kWidth) + within * P::kVectors;
     return {vectors_before * taps * steps() * step_bytes(1), group * c, group * k + first, channels,
             divide_up(channels, kWidth)};
@@ -181,8 +180,8 @@ int64_t block_rows(const ConvProblem& p) {
   const int64_t pixels = taps == 1 ? 1 : int64_t{p.stride_h} * p.stride_w;
   const int64_t pixel_bytes = pixels * p.c * static_cast<int64_t>(sizeof(typename P::Element));
   const int64_t least = 4 * P::rows(P::kVectors);
-  const int64_t rows = std::max(least, std::min(kMost, kInputBytes / pixel_bytes));
-  return std::max<int64_t>(P::rows(P::kVectors), std::min(rows, kTableEntries / taps));
+  const int64_t rows = max(least, min(kMost, kInputBytes / pixel_bytes));
+  return max(P::rows(P::kVectors), min(rows, kTableEntries / taps));
 }
 
 // Parts of a thread's scratch, in bytes from its beginning.
@@ -248,7 +247,7 @@ class Run {
     const int64_t blocks = divide_up(pixels.size(), block_rows<P>(p_));
     const int64_t rows = divide_up(pixels.size(), blocks);
     for (int64_t begin = pixels.begin; begin < pixels.end; begin += rows) {
-      block({begin, std::min(begin + rows, pixels.end)}, panels);
+      block({begin, min(begin + rows, pixels.end)}, panels);
     }
   }
 
@@ -259,10 +258,10 @@ class Run {
                pixels.begin, pixels.size(), table);
     for (int64_t index = panels.begin; index < panels.end; ++index) {
       const Panel panel = layout_.panel(index);
-      // Slices of the reduction whose weights stay in a cache: several taps or a part of one.
-      const int64_t steps = layout_.steps();
-      const int64_t most = std::max<int64_t>(1, kSliceBytes / layout_.step_bytes(panel.vectors));
-      const int64_t taps = std::min(layout_.taps, std::max<int64_t>(1, most / steps));
+      // Slices of the reduction: several taps, or a part of one.
+      const int64_t steps = layout_.steps(), step = layout_.grouped() ? 1 : P::kStep;
+      const int64_t most = max(1, kSliceChannels / step);
+      const int64_t taps = min(layout_.taps, max(1, most / steps));
       const int64_t tap_slices = divide_up(layout_.taps, taps);
       const int64_t step_slices = taps > 1 || layout_.grouped() ? 1 : divide_up(steps, most);
       for (int64_t i = 0; i < tap_slices; ++i) {
@@ -284,13 +283,13 @@ class Run {
     const int64_t count = pixels.size();
     auto** table = reinterpret_cast<const Element**>(scratch_ + parts_.table);
     auto* sums = reinterpret_cast<float*>(scratch_ + parts_.sums);
-    const int64_t kStep = layout_.grouped() ? 1 : P::kStep;
+    const int64_t step = layout_.grouped() ? 1 : P::kStep;
 
     TileTask<P> task;
     task.row_stride = count;
     task.taps = taps.size();
-    task.offset = panel.c + steps.begin * kStep;
-    task.channels = std::min(steps.end * kStep, layout_.c) - steps.begin * kStep;
+    task.offset = panel.c + steps.begin * step;
+    task.channels = min(steps.end * step, layout_.c) - steps.begin * step;
     task.weight = reinterpret_cast<const typename P::Weight*>(weight);
     task.lanes = reinterpret_cast<const int32_t*>(packed);
     task.span = layout_.grouped() ? layout_.span(panel) : 0;
@@ -330,8 +329,10 @@ class Run {
     }
   }
 
-  // Bytes of weights that pass by all tiles of a block before the next ones do.
-  static constexpr int64_t kSliceBytes = 300 << 10;
+  // Products in one chain of fp32 additions, whose error grows with its length: slices are summed
+  // apart and then added. Their weights (64 KiB of AVX-512's) stay near in the cache while all
+  // tiles of a block pass by.
+  static constexpr int64_t kSliceChannels = 256;
 
   const ConvProblem& p_;
   const ConvArguments& a_;
@@ -363,7 +364,8 @@ size_t direct_scratch_bytes(const ConvProblem& problem, int threads) {
 template <class P>
 void direct_run(const ConvProblem& problem, const ConvArguments& arguments, const Team& team) {
   const Layout<P> layout(problem);
-  const int64_t pixels = problem.out_pixels(), panels = layout.panels();
+  const int64_t pixels = int64_t{problem.n} * problem.out_h * problem.out_w;
+  const int64_t panels = layout.panels();
   Run<P> run(problem, arguments, arguments.scratch + team.rank * Scratch<P>(problem).bytes);
   // Each thread takes a part of the pixels and reads all weights, or the other way round: what
   // leaves less to the busiest thread, and, where that is much the same, what is read less.

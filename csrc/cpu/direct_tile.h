@@ -47,7 +47,8 @@ struct TileTask {
   const int32_t* lanes;
   int64_t span;
 
-  float* sums;  // [rows][vectors * width], read unless `first`, written unless `last`
+  float* sums;  // of earlier slices, [rows][vectors * width]: read unless `first`, written unless
+                // `last`
   bool first, last;
 
   // Only where `last` is set.
@@ -67,32 +68,30 @@ template <class P, int kRows, int kVectors>
 using Sums = typename P::V::Register[kRows][kVectors];
 
 template <class P, int kRows, int kVectors>
-inline __attribute__((always_inline)) void load_sums(const TileTask<P>& task,
-                                                     Sums<P, kRows, kVectors>& sums) {
-  constexpr int kWidth = P::V::kWidth;
-  if (task.first) {
+inline __attribute__((always_inline)) void clear(Sums<P, kRows, kVectors>& sums) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) sums[i][j] = P::zero();
-    }
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        sums[i][j] = P::V::load_param(task.sums + (i * kVectors + j) * kWidth);
-      }
-    }
+    for (int j = 0; j < kVectors; ++j) sums[i][j] = P::zero();
   }
 }
 
-// Keeps the sums for the next slice, or makes outputs of them.
+// Adds the sums of earlier slices, then keeps all for the next slice or makes outputs of them.
 template <class P, int kRows, int kVectors>
 inline __attribute__((always_inline)) void finish_sums(const TileTask<P>& task,
                                                        Sums<P, kRows, kVectors>& sums) {
   using V = typename P::V;
   constexpr int kWidth = V::kWidth;
+  if (!task.first) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        const auto earlier = V::load_param(task.sums + (i * kVectors + j) * kWidth);
+        sums[i][j] = V::add(earlier, sums[i][j]);
+      }
+    }
+  }
   if (!task.last) {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
@@ -170,7 +169,7 @@ __attribute__((noinline)) void tile(const TileTask<P>& task) {
   constexpr int64_t kAhead = 2048;
   constexpr int kLine = 64;
   Sums<P, kRows, kVectors> sums;
-  load_sums<P, kRows, kVectors>(task, sums);
+  clear<P, kRows, kVectors>(sums);
   const typename P::Weight* weight = task.weight;
   const char* prefetch = task.prefetch;
   const int64_t complete = task.channels - task.channels % P::kStep;
@@ -202,7 +201,7 @@ template <class P, int kRows>
 __attribute__((noinline)) void grouped_tile(const TileTask<P>& task) {
   using V = typename P::V;
   Sums<P, kRows, 1> sums;
-  load_sums<P, kRows, 1>(task, sums);
+  clear<P, kRows, 1>(sums);
   const float* weight = reinterpret_cast<const float*>(task.weight);
   for (int64_t t = 0; t < task.taps; ++t) {
     typename V::Register input[kRows];

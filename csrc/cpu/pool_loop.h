@@ -1,8 +1,6 @@
 // The loops of pooling, over vectors of any instruction set and dtype.
 #pragma once
 
-#include <algorithm>
-
 #include "cpu/pool.h"
 #include "cpu/vec_loop.h"
 
@@ -17,14 +15,14 @@ void max_pool(const Image& image, const PoolWindow& p, const void* x_data, void*
   for (int64_t row = rows * team.rank / team.size; row < rows * (team.rank + 1) / team.size;
        ++row) {
     const int64_t n = row / p.out_h, top = row % p.out_h * p.stride_h - p.padding_h;
-    const int64_t h0 = std::max<int64_t>(top, 0);
-    const int64_t h1 = std::min<int64_t>(top + p.kernel_h, image.h);
+    const int64_t h0 = max(top, 0);
+    const int64_t h1 = min(top + p.kernel_h, image.h);
     const T* x = static_cast<const T*>(x_data) + n * image.h * image.w * c;
     T* y = static_cast<T*>(y_data) + row * p.out_w * c;
     for (int64_t ow = 0; ow < p.out_w; ++ow, y += c) {
       const int64_t left = ow * p.stride_w - p.padding_w;
-      const int64_t w0 = std::max<int64_t>(left, 0);
-      const int64_t w1 = std::min<int64_t>(left + p.kernel_w, image.w);
+      const int64_t w0 = max(left, 0);
+      const int64_t w1 = min(left + p.kernel_w, image.w);
       for_each_vector<V>(c, [&](int64_t i, int64_t count) {
         auto largest = load<V>(x + (h0 * image.w + w0) * c + i, count);
         for (int64_t h = h0; h < h1; ++h) {
@@ -46,10 +44,10 @@ void global_average_pool(const Image& image, const void* x_data, void* y_data, c
   const int64_t vectors = (c + V::kWidth - 1) / V::kWidth, all = image.n * vectors;
   const float reciprocal = 1.0f / static_cast<float>(pixels);
   float mean[V::kWidth];
-  std::fill(mean, mean + V::kWidth, reciprocal);
+  for (float& factor : mean) factor = reciprocal;
   for (int64_t v = all * team.rank / team.size; v < all * (team.rank + 1) / team.size; ++v) {
     const int64_t n = v / vectors, i = v % vectors * V::kWidth;
-    const int64_t count = std::min<int64_t>(V::kWidth, c - i);
+    const int64_t count = min(V::kWidth, c - i);
     const T* x = static_cast<const T*>(x_data) + n * pixels * c + i;
     auto sum = load<V>(x, count);
     for (int64_t pixel = 1; pixel < pixels; ++pixel) {

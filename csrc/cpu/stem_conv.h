@@ -3,7 +3,6 @@
 // Like vec_loop.h, everything here has internal linkage.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -92,9 +91,8 @@ class StemRun {
         next_input_ = next_conv_ = INT64_MIN;
       }
       const int64_t first = ph * pool_.stride_h - pool_.padding_h;
-      const Span conv = {std::max<int64_t>(first, 0),
-                         std::min<int64_t>(first + pool_.kernel_h, p_.out_h)};
-      for (int64_t oh = std::max(conv.begin, next_conv_); oh < conv.end; ++oh) convolve(oh);
+      const Span conv = {max(first, 0), min(first + pool_.kernel_h, p_.out_h)};
+      for (int64_t oh = max(conv.begin, next_conv_); oh < conv.end; ++oh) convolve(oh);
       next_conv_ = conv.end;
       pool_row(conv, static_cast<Element*>(a_.y) + row * pool_.out_w * p_.k);
     }
@@ -124,8 +122,8 @@ class StemRun {
   void copy_input_row(int64_t h) {
     const T* source = static_cast<const T*>(a_.x) + image_ * a_.x_stride_n + h * a_.x_stride_h;
     Element* row = input_row(h);
-    const int64_t left = std::min<int64_t>(p_.padding_w, parts_.width);
-    const int64_t inside = std::min<int64_t>(p_.w, parts_.width - left);
+    const int64_t left = min(p_.padding_w, parts_.width);
+    const int64_t inside = min(p_.w, parts_.width - left);
     std::memset(row, 0, static_cast<size_t>(left * p_.c) * sizeof(Element));
     Element* out = row + left * p_.c;
     if (a_.x_stride_c == 1 && a_.x_stride_w == p_.c) {
@@ -145,8 +143,8 @@ class StemRun {
   // Row oh of the convolution, with its ReLU: [OW][K].
   void convolve(int64_t oh) {
     const int64_t h0 = oh * p_.stride_h - p_.padding_h;
-    const int64_t end = std::min<int64_t>(h0 + p_.r, p_.h);
-    for (int64_t h = std::max({h0, next_input_, int64_t{0}}); h < end; ++h) {
+    const int64_t end = min(h0 + p_.r, p_.h);
+    for (int64_t h = max(max(h0, next_input_), 0); h < end; ++h) {
       if (a_.x_element == cpu::Element::kFloat32) {
         copy_input_row<float>(h);
       } else {
@@ -205,8 +203,8 @@ class StemRun {
     auto* out = reinterpret_cast<Bits*>(y);
     for (int64_t pw = 0; pw < pool_.out_w; ++pw, out += k) {
       const int64_t first = pw * pool_.stride_w - pool_.padding_w;
-      const int64_t begin = std::max<int64_t>(first, 0);
-      const int64_t end = std::min<int64_t>(first + pool_.kernel_w, p_.out_w);
+      const int64_t begin = max(first, 0);
+      const int64_t end = min(first + pool_.kernel_w, p_.out_w);
       std::memcpy(out, largest + begin * k, static_cast<size_t>(k) * sizeof(Bits));
       for (int64_t w = begin + 1; w < end; ++w) {
         const Bits* column = largest + w * k;

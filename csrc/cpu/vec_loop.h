@@ -17,6 +17,10 @@
 namespace fused_resnet::cpu {
 namespace {
 
+// The C++ library's have external linkage, as the head of this file rules out.
+constexpr int64_t min(int64_t a, int64_t b) { return b < a ? b : a; }
+constexpr int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
+
 // The first `count` <= kWidth of a vector; the rest of the register is zero.
 template <typename V, typename T, typename Load>
 typename V::Register load_part(const T* p, int64_t count, Load load) {

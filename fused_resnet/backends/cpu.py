@@ -134,7 +134,10 @@ class NativeConv(PackedKernel):
         isa = _build.extension.isa()
         if self.name not in _build.extension.cpu_conv_kernels(isa):
             return f"this CPU, or level {isa}, lacks the instructions"
-        return self.conv(problem).why_not or None
+        try:
+            return self.conv(problem).why_not or None
+        except ValueError as error:  # a size beyond 32 bits
+            return str(error)
 
     def promising(self, problem: ConvProblem, device: torch.device) -> bool:
         """No: that it beats oneDNN is for a measurement to say."""
@@ -174,7 +177,12 @@ class NativeStem(PackedKernel):
 
     def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
         """CPU, fp32 and bf16, no groups, no dilation."""
-        return unavailable(problem, device) or self.stem(problem).why_not or None
+        if reason := unavailable(problem, device):
+            return reason
+        try:
+            return self.stem(problem).why_not or None
+        except ValueError as error:  # a size beyond 32 bits, or a window the extension refuses
+            return str(error)
 
     def promising(self, problem: ConvProblem, device: torch.device) -> bool:
         """No: that it beats oneDNN is for a measurement to say."""
