@@ -188,8 +188,9 @@ class Segments:
             shape[0], c, 1, 1, k, 1, 1, (1, 1), (0, 0), (1, 1), 1, "none",
             self.meta[layer.result].dtype,
         )  # fmt: skip
-        kernel = next(n for n in cpu.KERNELS if isinstance(n, PackedKernel) and n.name == "direct")
-        if kernel.supports(p, w.device) is not None:
+        named = (n for n in cpu.KERNELS if isinstance(n, PackedKernel) and n.name == "direct")
+        kernel = next(named, None)
+        if kernel is None or kernel.supports(p, w.device) is not None:
             return None
         scale = torch.ones(k)
         shift = torch.zeros(k) if bias is None else self.constants[bias.id].float()

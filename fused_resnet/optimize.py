@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet.console import err
 from fused_resnet.in_place import tune_in_place
+from fused_resnet.judging import Judge
 from fused_resnet.plan import Plan, Policy
 from fused_resnet.planner import Progress, Settings, decide
 from fused_resnet.program import Program
@@ -64,7 +65,8 @@ def optimize(
             ``"strict"``: no inexact kernels, such as Winograd's, so that every layer satisfies the
             rule of ``check``.
         tolerance: the largest error of a layer (relative, by norm) that an inexact kernel may have;
-            None for 2e-6 in float32, 6e-3 in bfloat16, 1e-3 in float16.
+            None for 2e-6 in float32, 6e-3 in bfloat16, 1e-3 in float16. The network as a whole
+            satisfies the rule of ``check`` on the example in any case.
         cache: whether to use and to write the table of measurements.
         budget: seconds for measuring; None for 60, or 600 with ``mode="max"``. The costliest layers
             are measured first; Ctrl-C ends measuring and keeps what is known.
@@ -181,7 +183,8 @@ def _specialise(
     tell("tracing the model", 0.0)
     layers = source.layers(args, kwargs)
     inputs = [t.detach() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    decision = decide(layers, source.state, inputs, settings, known, tell)
+    judge = Judge(source, args, kwargs)
+    decision = decide(layers, source.state, inputs, settings, known, tell, judge)
     plan.add(
         (args, kwargs), Program(layers, decision.kernels, plan.weights, decision.join), decision
     )

@@ -5,13 +5,15 @@
 2. Each layer takes the best kernel of its problem that mode and tolerance admit; problems that
    were not measured take the heuristic choice.
 3. All layers are proven with their own weights (see `fused_resnet.proving`); a kernel that is off
-   on a layer is replaced there by the next one.
+   on a layer is replaced there by the next one. With inexact kernels the network is judged as a
+   whole, too (see `fused_resnet.judging`).
 4. The network is timed as a whole: with these kernels, with native ones wherever there is one
    (native layers in a row are one call), and with the heuristic choice. The fastest is the plan.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet import backends
 from fused_resnet.backends.kernel import Kernel
+from fused_resnet.judging import Judge
 from fused_resnet.layers import Conv, Layers, Tunable
 from fused_resnet.numerics import TOLERANCE, Error, error
 from fused_resnet.ops import channels_last
@@ -118,6 +121,7 @@ def decide(
     settings: Settings,
     table: TunedTable,
     progress: Progress,
+    judge: Judge | None = None,
 ) -> Decision:
     """Measure what is not known, and choose a kernel for every layer; see the module.
 
@@ -128,8 +132,9 @@ def decide(
         settings: what to admit and how long to measure.
         table: what is known, and where what is measured goes.
         progress: told what is going on.
+        judge: of the network as a whole, asked where inexact kernels are part of it.
     """
-    return _Planner(layers, state, inputs, settings, table, progress).decide()
+    return _Planner(layers, state, inputs, settings, table, progress, judge).decide()
 
 
 def decide_untimed(layers: Layers, settings: Settings, table: TunedTable) -> Decision:
@@ -173,7 +178,9 @@ class _Planner:
         settings: Settings,
         table: TunedTable,
         progress: Progress,
+        judge: Judge | None = None,
     ) -> None:
+        self.judge = judge
         self.whole = layers
         self.layers = tunable(layers)
         self.state = state
@@ -199,6 +206,7 @@ class _Planner:
             return known
         assignments = self.assignments(first)
         proven, errors = self.prove(assignments)
+        proven = [self.judged(a, errors) for a in proven]
         best, seconds = self.contest(proven)
         decision = self.decision(proven[best], errors, seconds)
         decision.join = self.joins_rightly(proven[best])
@@ -332,6 +340,31 @@ class _Planner:
                 return None
             return f"its error is {found}, the tolerance {tolerance:.1e}"
         return f"its error is {found}, stock torch's is {allowed}"
+
+    def judged(
+        self,
+        kernels: dict[int, Kernel],
+        errors: dict[tuple[int, Kernel], tuple[float, float]],
+    ) -> dict[int, Kernel]:
+        """The assignment, with as many inexact kernels replaced as the network's error asks for."""
+        for share in (0.5, 1.0):
+            inexact = [layer for layer in self.layers if not kernels[layer.result].exact]
+            if self.judge is None or not inexact:
+                return kernels
+            with torch.inference_mode():
+                result = Program(self.whole, kernels, Weights(self.state))(*self.inputs)
+            wrong = self.judge.fault(result)
+            if wrong is None:
+                return kernels
+            inexact.sort(key=lambda layer: -errors[layer.result, kernels[layer.result]][0])
+            count = math.ceil(share * len(inexact))
+            self.notes.append(f"{count} of {len(inexact)} inexact kernels are not used: {wrong}")
+            instead = {
+                layer.result: self.ranked(layer, exact_only=True)[0] for layer in inexact[:count]
+            }
+            (kernels,), found = self.prove([{**kernels, **instead}])
+            errors.update(found)
+        return kernels
 
     # -------------------------------------------------------------------------------------- contest
 

@@ -66,9 +66,9 @@ class Source:
         if self.dtype is None:
             return self.model(*args, **kwargs)
         given = _floating(pytree.tree_leaves((args, kwargs)))
-        args, kwargs = _cast((args, kwargs), self.dtype)
+        args, kwargs = cast_floating((args, kwargs), self.dtype)
         result = self.model(*args, **kwargs)
-        return result if given is None else _cast(result, given)
+        return result if given is None else cast_floating(result, given)
 
     def layers(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Layers:
         """What the model computes for arguments of these shapes.
@@ -150,11 +150,13 @@ def _floating(leaves: list[Any]) -> torch.dtype | None:
     return None
 
 
-def _cast(tree: Any, dtype: torch.dtype) -> Any:
+def cast_floating(tree: Any, dtype: torch.dtype) -> Any:
+    """``tree`` with its floating-point tensors in ``dtype``."""
+
     def convert(leaf: Any) -> Any:
         return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     return pytree.tree_map(convert, tree)
 
 
-__all__ = ["Source", "converted_state"]
+__all__ = ["Source", "cast_floating", "converted_state"]
