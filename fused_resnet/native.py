@@ -100,7 +100,10 @@ class Segments:
         if not isinstance(kernel, cpu.NativeConv | cpu.NativeStem):
             return None
         packed = self.weights.packed(kernel, layer, self.layers.graph, self.constants)
-        scale, shift = (self.constants[i] for i in (layer.scale, layer.shift))
+        scale, shift = (
+            self.weights.own(self.layers.graph, i, self.constants[i])
+            for i in (layer.scale, layer.shift)
+        )
         x = self._instead.get(layer.x, layer.x) if self._is_stem(layer) else layer.x
         return [
             Conv(
@@ -193,7 +196,7 @@ class Segments:
         if kernel is None or kernel.supports(p, w.device) is not None:
             return None
         scale = torch.ones(k)
-        shift = torch.zeros(k) if bias is None else self.constants[bias.id].float()
+        shift = torch.zeros(k) if bias is None else self.constants[bias.id].float().clone()
         packed = self.weights.packed_as(
             kernel, p, self.layers.graph, weight.id, (w.view(k, c, 1, 1), scale, shift)
         )

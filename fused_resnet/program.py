@@ -258,12 +258,15 @@ class _Builder:
 
     def conv_action(self, layer: Conv) -> Action:
         kernel, problem = self.kernels[layer.result], layer.problem
-        weight, scale, shift = (self.constants[i] for i in layer.constants)
+        graph = self.layers.graph
+        scale, shift = (
+            self.weights.own(graph, i, self.constants[i]) for i in (layer.scale, layer.shift)
+        )
         first: Any
         if isinstance(kernel, PackedKernel):
-            first = self.weights.packed(kernel, layer, self.layers.graph, self.constants)
+            first = self.weights.packed(kernel, layer, graph, self.constants)
         else:
-            first = self.weights.own(self.layers.graph, layer.weight, weight)
+            first = self.weights.own(graph, layer.weight, self.constants[layer.weight])
         x, target = self.slot(layer.x), self.slot(layer.result)
         residual = None if layer.residual is None else self.slot(layer.residual)
 

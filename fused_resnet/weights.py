@@ -26,8 +26,9 @@ class Weights:
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self.state = state
+        self._memory = {_address(t) for t in state.values()}
         self._packed: dict[Hashable, Prepared] = {}
-        self._own: dict[str, Tensor] = {}
+        self._own: dict[Named | Recipe, Tensor] = {}
 
     def packed(
         self, kernel: PackedKernel, layer: Conv, graph: Graph, constants: Mapping[int, Tensor]
@@ -67,13 +68,14 @@ class Weights:
         return self._packed[key]
 
     def own(self, graph: Graph, value: int, tensor: Tensor) -> Tensor:
-        """A constant that steps read as it is: a copy, shared by all programs."""
-        origin = graph.origins.get(value)
-        if not isinstance(origin, Named):
+        """A constant that steps read as it is: a copy where it is the model's memory."""
+        if _address(tensor) not in self._memory:
             return tensor
-        if origin.name not in self._own:
-            self._own[origin.name] = tensor.clone(memory_format=torch.preserve_format)
-        return self._own[origin.name]
+        copy = tensor.clone(memory_format=torch.preserve_format)
+        origin = graph.origins.get(value)
+        if not isinstance(origin, Named | Recipe):
+            return copy
+        return self._own.setdefault(origin, copy)
 
     def release(self) -> None:
         """Let go of the weights themselves: no more programs can be made."""

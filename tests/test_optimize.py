@@ -141,7 +141,7 @@ def test_a_slow_kernel_loses(install: Callable[[Fake], Fake]) -> None:
 def test_a_kernel_wrong_for_one_layers_weights_only_is_replaced_there(
     install: Callable[[Fake], Fake],
 ) -> None:
-    # Two layers with one problem: measured on the first, proven on both.
+    # Two layers of one problem: measured on the first, proven on both.
     model = nn.Sequential(
         nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()
     ).eval()
@@ -161,7 +161,7 @@ def test_a_kernel_wrong_for_one_layers_weights_only_is_replaced_there(
 
 
 def _inexact(p: ConvProblem, args: Args) -> Tensor:
-    """One element is off by 5e-6: more than the rule allows in fp32, and lost in a mean over all."""
+    """One element is off by 5e-6: more than the rule allows in fp32, and lost in a mean of all."""
     y = stock(p, args)
     y[0, 0, 0, 0] += 5e-6 * y.max()
     return y

@@ -9,6 +9,7 @@ import os
 import pickle
 import struct
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -256,9 +257,13 @@ def test_refit_refuses_another_architecture() -> None:
         plan.refit({**state, "head.bias": torch.ones(6)})
 
 
-def test_training_on_changes_no_plan() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "library", "torch"])
+def test_training_on_changes_no_plan(backend: str) -> None:
     model = blocks()
-    plan, original = optimized(model), copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FusedResNetWarning)  # No backend has a kernel for all.
+        with fused_resnet.backend(backend):
+            plan, original = optimized(model), copy.deepcopy(model)
     expected = {k: v.clone() for k, v in plan(X).items()}
     with torch.no_grad():
         for p in model.parameters():
