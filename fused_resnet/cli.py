@@ -19,7 +19,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from fused_resnet import backends, bench_table, images, zoo
+from fused_resnet import backends, bench_table, contenders, images, zoo
 from fused_resnet.bench import Settings
 from fused_resnet.bench import bench as run_bench
 from fused_resnet.check import check as run_check
@@ -27,6 +27,7 @@ from fused_resnet.console import UserError, err, out
 from fused_resnet.doctor import examine
 from fused_resnet.explain import explain as run_explain
 from fused_resnet.machine import has_native_bf16
+from fused_resnet.optimize import optimize
 from fused_resnet.version import __version__
 
 P = ParamSpec("P")
@@ -127,6 +128,18 @@ def bench(
         typer.Option(help="Measure first call and peak memory, each in a process of its own."),
     ] = True,
     json_file: JsonOption = None,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers", help="Also time torch.compile, ONNX Runtime and OpenVINO, where installed."
+        ),
+    ] = False,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="Measure kernels first, and keep what was measured for all later runs."
+        ),
+    ] = False,
 ) -> None:
     """Compare fused networks with stock PyTorch on real photos: speed, memory and error.
 
@@ -145,6 +158,8 @@ def bench(
         weights=weights,
         size=size,
         memory=memory,
+        contenders=(*contenders.DEFAULT, *(contenders.PEERS if peers else ())),
+        tune=tune,
     )
     write = _writer(json_file)
     with _progress() as tell:
@@ -220,6 +235,10 @@ def explain(
     weights: WeightsOption = None,
     size: SizeOption = None,
     json_file: JsonOption = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Optimize it, and tell each layer's kernel, time and error."),
+    ] = False,
 ) -> None:
     """Name each convolution, batch norm, add and ReLU, what became of it, and why not where not."""
     where = _device(device)
@@ -231,6 +250,12 @@ def explain(
         b = _one("--batch", _batches(batch) or (1,))
         stock = zoo.converted(network, d, where, channels_last=True)
         example = torch.zeros(b, 3, network.size, network.size, dtype=d, device=where)
+        if plan:
+            made = optimize(zoo.fused(model, stock), torch.randn_like(example))
+            found = made.explain()
+            out.print(found)
+            write(found.to_dict())
+            return
         table = run_explain(zoo.fused(model, stock), example)
         out.print(str(table), markup=False, soft_wrap=True)
         write({**table.to_dict(), "model": model})

@@ -124,6 +124,22 @@ def test_explain(tmp_path):
     assert json.loads(path.read_text())["model"] == "cifar_resnet8"
 
 
+def test_explain_a_plan(tmp_path):
+    path = tmp_path / "p.json"
+    result = _run("explain", "cifar_resnet8", "--plan", "--json", path)
+    assert result.exit_code == 0, result.output
+    assert "plan of ResNet for 1x3x32x32 float32, mode balanced" in result.stdout
+    (part,) = json.loads(path.read_text())["parts"]
+    assert part["rows"][0]["name"] == "conv1"
+    assert part["rows"][0]["rivals"]
+
+
+def test_bench_tunes_first(tuned):
+    result = _run("bench", "cifar_resnet8", "-b", "1", *QUICK, "--tune")
+    assert result.exit_code == 0, result.output
+    assert tuned.exists()
+
+
 def test_doctor(tmp_path):
     path = tmp_path / "d.json"
     result = _run("doctor", "--json", path)

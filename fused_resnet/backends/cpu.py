@@ -243,7 +243,8 @@ class WinogradConv(NativeConv):
     """
 
     exact = False
-=======
+
+
 class AmxConv(NativeConv):
     """The convolution on AMX tiles (``csrc/cpu/amx_conv.h``): bf16, fp32 sums and epilogue.
 
