@@ -243,6 +243,10 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
+def _is_relu(act: object) -> bool:
+    return type(act) is nn.ReLU and not _has_hooks(act)
+
+
 def why_stock(conv: nn.Module, bn: nn.Module | None) -> str | None:
     """None if ``conv`` and ``bn``, as they are now, run as one fused op, else why they do not."""
     if not fold.is_plain_conv(conv):
@@ -326,7 +330,9 @@ def conv_bn_act(
     """
     if type(x) is not Tensor and _is_proxy(x):
         return _traced(conv_bn_act, x, conv, bn, act, residual, act_before_add=act_before_add)
-    relu = act is None or (type(act) is nn.ReLU and not _has_hooks(act))
+    if type(bn) is not nn.BatchNorm2d and bn is not None and (own := fold.activations_of(bn)):
+        return _conv_norm_act(x, conv, bn, own, act, residual, act_before_add)
+    relu = act is None or _is_relu(act)
     # nn.Conv2d takes an image without a batch dimension; the op does not.
     if x.dim() != 4 or not _is_fused(conv, bn) or (act_before_add and not relu):
         y: Tensor = conv(x)
@@ -337,28 +343,65 @@ def conv_bn_act(
         if act is None:
             return y + residual
         return cast(Tensor, act((act(y) if act_before_add else y) + residual))
-    x, padding = _unpadded(x, conv)
     if act is None or not relu:
         epilogue = "none" if residual is None else "add"
     elif residual is None:
         epilogue = "relu"
     else:
         epilogue = "relu_add_relu" if act_before_add else "add_relu"
+    y = _fused(x, conv, bn, residual, epilogue)
+    return y if act is None or relu else cast(Tensor, act(y))
+
+
+def _fused(
+    x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, residual: Tensor | None, epilogue: str
+) -> Tensor:
+    """One op for modules that `why_stock` has nothing against."""
+    x, padding = _unpadded(x, conv)
     scale, shift = fold.affine_of(conv, bn)
-    y = _call(
-        _conv_op,
-        x,
-        fold.weight_of(conv),
-        scale,
-        shift,
-        residual,
-        conv.stride,
-        padding,
-        conv.dilation,
-        conv.groups,
-        epilogue,
+    return cast(
+        Tensor,
+        _call(
+            _conv_op,
+            x,
+            fold.weight_of(conv),
+            scale,
+            shift,
+            residual,
+            conv.stride,
+            padding,
+            conv.dilation,
+            conv.groups,
+            epilogue,
+        ),
     )
-    return cast(Tensor, y if act is None or relu else act(y))
+
+
+def _conv_norm_act(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.Module,
+    own: tuple[nn.Module, ...],
+    act: nn.Module | None,
+    residual: Tensor | None,
+    act_before_add: bool,
+) -> Tensor:
+    """`conv_bn_act` for a norm that ends in activations of its ``own``, as those of timm do."""
+    first = own if act is None or not act_before_add else (*own, act)
+    relu = all(map(_is_relu, first))
+    if x.dim() != 4 or not _is_fused(conv, norm):
+        y: Tensor = norm(conv(x))
+        for module in first[len(own) :]:
+            y = module(y)
+    elif relu and residual is not None and act is not None and _is_relu(act):
+        return _fused(x, conv, norm, residual, "relu_add_relu")
+    else:
+        y = _fused(x, conv, norm, None, "relu" if relu else "none")
+        for module in () if relu else first:
+            y = module(y)
+    if residual is not None:
+        y = y + residual
+    return y if act is None else cast(Tensor, act(y))
 
 
 def conv_bn_act_maxpool(
@@ -385,10 +428,13 @@ def conv_bn_act_maxpool(
     """
     if _is_proxy(x):
         return _traced(conv_bn_act_maxpool, x, conv, bn, act, pool)
+    acts = () if act is None else (act,)
+    if type(bn) is not nn.BatchNorm2d:
+        acts = (*fold.activations_of(bn), *acts)
     if (
         x.dim() != 4
-        or type(act) is not nn.ReLU
-        or _has_hooks(act)
+        or not acts
+        or not all(map(_is_relu, acts))
         or why_not_poolable(pool) is not None
         or not _is_fused(conv, bn)
     ):

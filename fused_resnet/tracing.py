@@ -27,6 +27,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fused_resnet.fold import is_frozen_norm
+
 #: Position of a call: its number within each frame (call of a module that was traced into) on the
 #: way.
 Key = tuple[int, ...]
@@ -70,7 +72,7 @@ def is_leaf(module: nn.Module) -> bool:
         cls.__module__.split(".")[:2] in (["torch", "nn"], ["torch", "ao"], ["torch", "jit"])
         or cls.__module__.startswith("torch._dynamo")
         or isinstance(module, _ConvNd | _NormBase | torch.jit.ScriptModule)
-        or cls.__name__ == "FrozenBatchNorm2d"
+        or is_frozen_norm(cls)
     )
 
 
