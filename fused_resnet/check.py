@@ -541,7 +541,11 @@ def _in_both_layouts(reference: nn.Module, calls: Sequence[tuple[Any, ...]]) -> 
         is_image = isinstance(leaf, Tensor) and leaf.dim() == 4
         return leaf.contiguous(memory_format=layout) if is_image else leaf
 
-    other = copy.deepcopy(reference).to(memory_format=layout)
+    other = copy.deepcopy(reference)
+    for parameter in other.parameters():
+        # Not Module.to, which refuses the weights of 3-d convolutions.
+        if parameter.dim() == 4:
+            parameter.data = parameter.contiguous(memory_format=layout)
     return [outputs_of(reference, list(calls)), outputs_of(other, list(tree_map(convert, calls)))]
 
 

@@ -681,7 +681,8 @@ def _forward(stock: type[nn.Module], plan: Plan) -> Callable[..., Any]:
 
 def _setattr(self: nn.Module, name: str, value: Any) -> None:
     """Notice what a graph cannot know: another value of an attribute that forward may have read."""
-    if name not in _MODULE_ATTRIBUTES and not isinstance(value, Tensor):
+    made = "_modules" in vars(self)  # Some classes set attributes before nn.Module has made it.
+    if made and name not in _MODULE_ATTRIBUTES and not isinstance(value, Tensor):
         before = vars(self).get(name, _NONE)
         if before is _NONE:
             for members in (self._modules, self._parameters, self._buffers):
