@@ -24,6 +24,7 @@ from fused_resnet.fuse import (
     unfuse,
     why_stale,
 )
+from fused_resnet.hooks import own
 from fused_resnet.patterns import Kind, Site
 from fused_resnet.tracing import FusedModule, is_leaf, stock_class
 
@@ -477,9 +478,11 @@ def _current_module() -> Iterator[list[nn.Module]]:
     """The modules whose forward is running, innermost last, without a hook on any of them."""
     stack: list[nn.Module] = []
 
+    @own
     def enter(module: nn.Module, args: Any) -> None:
         stack.append(module)
 
+    @own
     def leave(module: nn.Module, args: Any, result: Any) -> None:
         stack.pop()
 

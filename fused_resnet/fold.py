@@ -41,6 +41,11 @@ def is_plain_conv(module: object) -> bool:
     )
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func runs: its tensors have no memory that one could look at."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def is_frozen_norm(cls: type) -> bool:
     """Whether modules of this class normalise by buffers, in train mode too."""
     return cls.__name__ in _FROZEN
@@ -252,7 +257,7 @@ def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
     """
     bias, gamma, beta, mean, var, eps = sources = _sources(conv, bn)
     weight = weight_of(conv)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transformed():
         return _fold_any(weight, *sources)
     # batch_norm writes running statistics without moving their version counters, but the module
     # counts its batches.

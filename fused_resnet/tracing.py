@@ -27,6 +27,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fused_resnet import hooks
 from fused_resnet.fold import is_frozen_norm
 
 #: Position of a call: its number within each frame (call of a module that was traced into) on the
@@ -50,17 +51,6 @@ def stock_class(module: nn.Module) -> type[nn.Module]:
     while issubclass(cls, FusedModule):
         cls = next(base for base in cls.__bases__ if issubclass(base, nn.Module))
     return cls
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class's forward."""
-    return bool(
-        "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -311,7 +301,7 @@ class _Tracer(fx.Tracer):
 
     def _enter(self, m: nn.Module, key: Key, args: Any, kwargs: Any) -> Any:
         """Run the forward of ``m`` within a frame of its own, without its hooks."""
-        if has_hooks(m):
+        if hooks.is_on(m):
             raise Untraceable("a hook is registered on it, or its forward was replaced")
         outer, self._frame = self._frame, key
         self._next.append(0)
