@@ -257,7 +257,8 @@ def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
     """
     bias, gamma, beta, mean, var, eps = sources = _sources(conv, bn)
     weight = weight_of(conv)
-    if torch.compiler.is_compiling() or transformed():
+    if torch.compiler.is_compiling() or transformed() or torch._C._get_tracing_state():
+        # A graph is recorded: it must compute these from the parameters, or there is no memory.
         return _fold_any(weight, *sources)
     # batch_norm writes running statistics without moving their version counters, but the module
     # counts its batches.

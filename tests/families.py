@@ -26,6 +26,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import fused_resnet
 from benchmarks import models_table
 from fused_resnet.explain import Explanation
+from tests.helpers import randomise
 from tests.unet import PlainUNet
 
 
@@ -67,19 +68,6 @@ class Family:
     def input(self) -> Tensor:
         """Of `part`, the same at every call."""
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(1))
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Norms as after training: no statistic, weight or bias is trivial."""
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(getattr(m, "running_var", None), Tensor):
-                m.running_mean.normal_(0.0, 0.5)
-                m.running_var.uniform_(0.25, 4.0)
-                if m.weight is not None:
-                    m.weight.normal_(1.0, 0.5)
-                    m.bias.normal_(0.0, 0.5)
-    return model
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The ways on which a fused model goes to production: compilers, exporters, wrappers, transforms."""
+"""The ways of a fused model to production: compilers, exporters, wrappers, transforms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from torch.package import PackageExporter, PackageImporter
 import fused_resnet
 from fused_resnet import FusedResNetWarning, backends, explain, fuse, nodes
 from fused_resnet.numerics import error
-from tests.families import randomise
+from fused_resnet.problem import EPILOGUES
+from tests.helpers import assert_within_rule, conv_problem, draw, randomise, reference, stock
 
 _BATCH = torch.export.Dim("batch", min=1, max=64)
 
@@ -78,7 +79,7 @@ def fused_ops(graph: fx.Graph) -> list[str]:
 
 ALL_OPS = ["conv_affine_relu_maxpool", "conv_affine_act", "conv_affine_act", "add_relu"]
 
-# ------------------------------------------------------------------------------ compilers, exporters
+# ----------------------------------------------------------------------------- compilers, exporters
 
 
 def test_inductor_compiles_one_graph_for_every_batch_size(net: nn.Module, x: Tensor) -> None:
@@ -109,12 +110,16 @@ def test_decompositions_leave_only_aten(net: nn.Module, x: Tensor) -> None:
     program = export(fuse(net), x).run_decompositions(fused_resnet.decompositions())
     assert fused_ops(program.graph) == []
     assert_right(program.module()(x[:2]), net, x[:2])
-    for dtype in (torch.bfloat16, torch.float16):
-        low = copy.deepcopy(net).to(dtype)
-        with torch.no_grad():
-            program = torch.export.export(fuse(low), (x.to(dtype),))
-        program = program.run_decompositions(fused_resnet.decompositions())
-        assert_right(program.module()(x.to(dtype)), low, x.to(dtype))
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_decompositions_are_right_in_every_dtype(epilogue: str, dtype: torch.dtype) -> None:
+    part = fused_resnet.decompositions()[torch.ops.fused_resnet.conv_affine_act.default]
+    p = conv_problem(epilogue=epilogue, dtype=dtype)
+    args = draw(p)
+    actual = part(*args, p.stride, p.padding, p.dilation, p.groups, p.epilogue)
+    assert_within_rule(actual, reference(p, args), stock(p, args), dtype)
 
 
 _RUN_PACKAGE = """
@@ -170,7 +175,7 @@ def test_jit_trace_records_the_ops(net: nn.Module, x: Tensor) -> None:
         assert_right(traced(x), net, x)
 
 
-# ---------------------------------------------------------------------------------- copies, packages
+# --------------------------------------------------------------------------------- copies, packages
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "package"])
@@ -208,7 +213,7 @@ def test_pytorchs_own_fusion_before_and_after(net: nn.Module, x: Tensor) -> None
         assert_right(after(x), net, x)
 
 
-# ---------------------------------------------------------------------------------------- modes
+# -------------------------------------------------------------------------------------------- modes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
