@@ -445,9 +445,15 @@ def _add_relu_inplace_fake(a: Tensor, b: Tensor) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+#: Epilogues that end in a ReLU.
+_CLIPPED = frozenset({"relu", "add_relu", "relu_add_relu"})
+
+
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, scale, shift, _, *ctx.geometry, ctx.epilogue = inputs
-    ctx.save_for_backward(x, weight, scale, shift, output)
+    # Only a ReLU's gradient looks at the result; else the next module may write into it.
+    clipped = ctx.epilogue in _CLIPPED
+    ctx.save_for_backward(x, weight, scale, shift, output if clipped else None)
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -459,7 +465,7 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     def convolution() -> Tensor:
         return torch.conv2d(x, weight, None, stride, padding, dilation, groups)
 
-    if ctx.epilogue in ("relu", "add_relu", "relu_add_relu"):
+    if ctx.epilogue in _CLIPPED:
         grad = grad * (output > 0)
     grad_residual = grad if want_residual else None
     y = None

@@ -189,7 +189,7 @@ def test_what_is_fused_of_norms_with_activations(act: type[nn.Module]) -> None:
 def test_the_activation_of_a_norm_can_be_exchanged_later(x: Tensor) -> None:
     model = randomise(NormAct()).eval()
     fused = fuse(model)
-    for act in (nn.SiLU(), nn.Identity(), nn.ReLU()):
+    for act in (nn.SiLU().eval(), nn.Identity().eval(), nn.ReLU().eval()):
         for m in (model, fused):
             for norm in (m.bn1, m.bn2, m.bn3, m.bn4):
                 norm.act = act
