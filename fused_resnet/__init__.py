@@ -3,6 +3,7 @@
 from fused_resnet import functional
 from fused_resnet.backends import FusedResNetWarning, backend
 from fused_resnet.check import CheckReport, check
+from fused_resnet.decompositions import decompositions
 from fused_resnet.explain import Explanation, explain
 from fused_resnet.fold import refresh
 from fused_resnet.fuse import fuse, unfuse
@@ -43,6 +44,7 @@ __all__ = [
     "backend",
     "check",
     "cifar_resnet",
+    "decompositions",
     "explain",
     "functional",
     "fuse",

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as hooks
 from torch.overrides import TorchFunctionMode
 
-from fused_resnet import backends, functional, patterns
+from fused_resnet import backends, fold, functional, patterns
 from fused_resnet.backends import Choice, FusedResNetWarning
 from fused_resnet.fuse import (
     Analysis,
@@ -24,6 +24,7 @@ from fused_resnet.fuse import (
     unfuse,
     why_stale,
 )
+from fused_resnet.hooks import own
 from fused_resnet.patterns import Kind, Site
 from fused_resnet.tracing import FusedModule, is_leaf, stock_class
 
@@ -261,6 +262,8 @@ class _Table:
             kind = patterns.kind_of(node, _Modules(analysis.module))
             assert kind is not None
             rows.append((self.place(analysis, node), self.row(analysis, node, kind, outcome)))
+            if node is site.norm:
+                rows += self.own_activations(*rows[-1])
         weight = None
         if site.conv is not None:
             conv = actual.get_submodule(str(site.conv.target))
@@ -272,6 +275,20 @@ class _Table:
         for place, row in rows:
             self.rows[place] = replace(row, op=op, parts=parts, reason=note)
         self.sites.setdefault((id(actual), weight), []).append([place for place, _ in rows])
+
+    def own_activations(self, place: _Place, norm: Row) -> list[tuple[_Place, Row]]:
+        """Rows for ReLUs that are part of a norm, behind the norm's own."""
+        own = fold.activations_of(self.model.get_submodule(norm.path))
+        if not own or not all(stock_class(m) is nn.ReLU for m in own):
+            return []
+        names = {id(m): name for name, m in self.model.get_submodule(norm.path).named_children()}
+        return [
+            (
+                (f"{place[0]}#{place[1]}", number),
+                replace(norm, path=f"{norm.path}.{names[id(m)]}", kind="act", type="ReLU"),
+            )
+            for number, m in enumerate(own, 1)
+        ]
 
     def label(self, row: Row) -> str:
         """How a part is called where its op is listed."""
@@ -345,6 +362,7 @@ class _Table:
     def add_unseen(self) -> None:
         """Modules that no trace shows: their caller cannot be traced, or nothing calls them."""
         seen = {row.path for row in self.rows.values()}
+        fused_norms = {r.path for r in self.rows.values() if r.kind == "norm" and r.op is not None}
         untraceable = {a.path: a.reason for a in self.analyses if a.trace is None}
         for path, module in self.model.named_modules():
             kind = _kind_of_module(module) if is_leaf(module) else None
@@ -355,7 +373,9 @@ class _Table:
                 owner = owner.rpartition(".")[0]
             reason = untraceable.get(owner)
             whole = self.leaf_above(path)
-            if whole is not None:
+            if whole in fused_norms and kind == "act":
+                why = f"{stock_class(module).__name__} is no ReLU; it runs behind the fused rest"
+            elif whole is not None:
                 why = f"part of {stock_class(self.model.get_submodule(whole)).__name__} {whole}"
             elif reason is not None:
                 why = f"the forward of {owner or 'the model'} cannot be traced: {reason}"
@@ -458,9 +478,11 @@ def _current_module() -> Iterator[list[nn.Module]]:
     """The modules whose forward is running, innermost last, without a hook on any of them."""
     stack: list[nn.Module] = []
 
+    @own
     def enter(module: nn.Module, args: Any) -> None:
         stack.append(module)
 
+    @own
     def leave(module: nn.Module, args: Any, result: Any) -> None:
         stack.pop()
 

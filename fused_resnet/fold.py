@@ -24,7 +24,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fused_resnet.freshness import Sources, capturing, keep, state_of, storages
 
-_FROZEN = "FrozenBatchNorm2d"
+#: Norms by buffers that never change: torchvision's, detectron2's and timm's.
+_FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
+
+#: timm's norms that apply an activation of their own: ``act(drop(norm(x)))``.
+_NORM_ACTS = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
 
 
 def is_plain_conv(module: object) -> bool:
@@ -39,18 +43,46 @@ def is_plain_conv(module: object) -> bool:
     )
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func runs: its tensors have no memory that one could look at."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_frozen_norm(cls: type) -> bool:
+    """Whether modules of this class normalise by buffers, in train mode too."""
+    return cls.__name__ in _FROZEN
+
+
+def _is_norm_act(norm: nn.Module) -> bool:
+    # These very classes: what a class derived from them, or a namesake, does is not known.
+    cls = type(norm)
+    return cls.__module__ == "timm.layers.norm_act" and cls.__name__ in _NORM_ACTS
+
+
+def activations_of(norm: nn.Module | None) -> tuple[nn.Module, ...]:
+    """The modules that ``norm`` applies to its own result, in order; identities are left out.
+
+    Only timm's norms with an activation have some; a dropout layer may stand before it.
+    """
+    if norm is None or not _is_norm_act(norm):
+        return ()
+    own = (getattr(norm, "drop", None), getattr(norm, "act", None))
+    return tuple(m for m in own if isinstance(m, nn.Module) and type(m) is not nn.Identity)
+
+
 def why_not_foldable(bn: nn.Module | None) -> str | None:
     """None if ``bn`` is a per-channel affine map in eval mode, else the reason why it is not.
 
-    Known are ``nn.BatchNorm2d`` and ``nn.SyncBatchNorm`` (with running statistics), and
-    ``FrozenBatchNorm2d`` of torchvision and of detectron2; None stands for no batch norm at all.
+    Known are ``nn.BatchNorm2d`` and ``nn.SyncBatchNorm`` (with running statistics),
+    ``FrozenBatchNorm2d`` of torchvision and of detectron2, and timm's variants of these that end
+    in an activation (see `activations_of`); None stands for no batch norm at all.
     """
     if bn is None:
         return None
     name = type(bn).__name__
     if isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm):
         plain = nn.BatchNorm2d if isinstance(bn, nn.BatchNorm2d) else nn.SyncBatchNorm
-        if type(bn).forward is not plain.forward:
+        if type(bn).forward is not plain.forward and not _is_norm_act(bn):
             return f"{name} overrides the forward of {plain.__name__}"
         if "forward" in vars(bn):
             return f"the forward of this {name} was replaced"
@@ -61,7 +93,7 @@ def why_not_foldable(bn: nn.Module | None) -> str | None:
                 f"{name} keeps no running statistics, so it normalises by the batch's in eval too"
             )
         return None
-    if name == _FROZEN:
+    if is_frozen_norm(type(bn)):
         missing = [
             a
             for a in ("weight", "bias", "running_mean", "running_var", "eps")
@@ -73,7 +105,7 @@ def why_not_foldable(bn: nn.Module | None) -> str | None:
 
 def uses_batch_statistics(bn: nn.Module | None) -> bool:
     """Whether ``bn``, as it is now, normalises by the statistics of the batch it is given."""
-    if bn is None or type(bn).__name__ == _FROZEN:
+    if bn is None or is_frozen_norm(type(bn)):
         return False
     return bn.training or getattr(bn, "running_mean", None) is None
 
@@ -227,7 +259,8 @@ def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
     """
     bias, gamma, beta, mean, var, eps = sources = _sources(conv, bn)
     weight = weight_of(conv)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transformed() or torch._C._get_tracing_state():
+        # A graph is recorded: it must compute these from the parameters, or there is no memory.
         return _fold_any(weight, *sources)
     # batch_norm writes running statistics without moving their version counters, but the module
     # counts its batches.

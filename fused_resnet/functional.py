@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-from fused_resnet import fold, recall
+from fused_resnet import fold, hooks, recall
 from fused_resnet import ops as _ops
+from fused_resnet.decompositions import decompositions
 
 Size2 = int | tuple[int, int]
 
@@ -107,7 +108,8 @@ def conv_affine_act(
             raise ValueError(f"padding must be a size, 'same' or 'valid', got {padding!r}")
     return cast(
         Tensor,
-        _conv_op(
+        _call(
+            _conv_op,
             x,
             weight,
             scale,
@@ -168,7 +170,8 @@ def conv_affine_relu_maxpool(
     """
     return cast(
         Tensor,
-        _stem_op(
+        _call(
+            _stem_op,
             x,
             weight,
             scale,
@@ -204,8 +207,8 @@ def add_relu(a: Tensor, b: Tensor, *, inplace: bool = False) -> Tensor:
         tensor([0., 2.])
     """
     if not inplace:
-        return cast(Tensor, _add_relu_op(a, b))
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return cast(Tensor, _call(_add_relu_op, a, b))
+    if _differentiating() or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
         _ops.check_add(a, b)
         # relu_'s backward reads its output and add_'s reads nothing: stock in-place ops do.
         return a.add_(b).relu_()
@@ -217,30 +220,37 @@ def _call(op: Any, *args: Any) -> Any:
     """Call ``op``; where no gradient can be asked for, without a detour through autograd's Python.
 
     With gradients off, an op's autograd key does nothing but call the op once more, from Python,
-    which costs as much as a small convolution. Forward-mode derivatives and the transforms of
-    torch.func are recorded even then, so they keep the detour.
+    which costs as much as a small convolution. The ops have no forward-mode derivatives, and know
+    nothing of torch.func.grad: what they are made of takes their place there.
     """
-    if (
-        torch.compiler.is_compiling()  # First: torch.compile cannot trace what comes next.
-        or torch.is_grad_enabled()
-        or torch.is_inference_mode_enabled()
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if torch.compiler.is_compiling():  # First: torch.compile cannot trace what comes next.
+        return op(*args)
+    if _differentiating():
+        return _PARTS[op](*args)
+    if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or fold.transformed():
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class says: hooks, or a forward of its own."""
-    return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+_PARTS = decompositions()
+
+
+def _differentiating() -> bool:
+    """Whether forward-mode derivatives or a transform of torch.func other than vmap are asked for.
+
+    Both work even where gradients are off.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    if not fold.transformed():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in stack)
+
+
+def _is_relu(act: object) -> bool:
+    return type(act) is nn.ReLU and not hooks.is_seen(act)
 
 
 def why_stock(conv: nn.Module, bn: nn.Module | None) -> str | None:
@@ -252,8 +262,10 @@ def why_stock(conv: nn.Module, bn: nn.Module | None) -> str | None:
         return reason
     if fold.uses_batch_statistics(bn):
         return "the batch norm is in train mode and normalises by the batch's statistics"
-    if _has_hooks(conv) or (bn is not None and _has_hooks(bn)):
+    if hooks.is_on(conv) or (bn is not None and hooks.is_on(bn)):
         return "a hook is registered on the convolution or the batch norm"
+    if hooks.is_everywhere():
+        return "a hook is registered for all modules"
     return None
 
 
@@ -263,7 +275,7 @@ def _is_fused(conv: nn.Module, bn: nn.Module | None) -> bool:
         type(conv) is nn.Conv2d
         and type(bn) is nn.BatchNorm2d
         and not (bn.training or bn._buffers["running_mean"] is None)
-        and not (_has_hooks(conv) or _has_hooks(bn))
+        and not (hooks.is_on(conv) or hooks.is_seen(bn))
     ):
         return True
     return why_stock(conv, bn) is None
@@ -330,7 +342,9 @@ def conv_bn_act(
             return recalled
     if type(x) is not Tensor and _is_proxy(x):
         return _traced(conv_bn_act, x, conv, bn, act, residual, act_before_add=act_before_add)
-    relu = act is None or (type(act) is nn.ReLU and not _has_hooks(act))
+    if type(bn) is not nn.BatchNorm2d and bn is not None and (own := fold.activations_of(bn)):
+        return _conv_norm_act(x, conv, bn, own, act, residual, act_before_add)
+    relu = act is None or _is_relu(act)
     # nn.Conv2d takes an image without a batch dimension; the op does not.
     if x.dim() != 4 or not _is_fused(conv, bn) or (act_before_add and not relu):
         y: Tensor = conv(x)
@@ -341,24 +355,67 @@ def conv_bn_act(
         if act is None:
             return y + residual
         return cast(Tensor, act((act(y) if act_before_add else y) + residual))
-    padded, padding = _unpadded(x, conv)
     if act is None or not relu:
         epilogue = "none" if residual is None else "add"
     elif residual is None:
         epilogue = "relu"
     else:
         epilogue = "relu_add_relu" if act_before_add else "add_relu"
-    scale, shift = fold.affine_of(conv, bn)
-    weight = fold.weight_of(conv)
-    geometry = (conv.stride, padding, conv.dilation, conv.groups, epilogue)
-    y = _call(_conv_op, padded, weight, scale, shift, residual, *geometry)
+    padded, constants, geometry = _arguments(x, conv, bn, epilogue)
+    y = cast(Tensor, _call(_conv_op, padded, *constants, residual, *geometry))
     if not relu:
         assert act is not None
         return cast(Tensor, act(y))
     if padded is x and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        call = (x, conv, bn, act, residual, act_before_add)
-        recall.remember(*call, (weight, scale, shift), geometry)
+        recall.remember(x, conv, bn, act, residual, act_before_add, constants, geometry)
     return y
+
+
+def _arguments(
+    x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, epilogue: str
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
+    """What the op is given for modules that `why_stock` has nothing against.
+
+    These are the input (padded where the op cannot); weight, scale and shift; and stride, padding,
+    dilation, groups and epilogue.
+    """
+    x, padding = _unpadded(x, conv)
+    constants = (fold.weight_of(conv), *fold.affine_of(conv, bn))
+    return x, constants, (conv.stride, padding, conv.dilation, conv.groups, epilogue)
+
+
+def _fused(
+    x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, residual: Tensor | None, epilogue: str
+) -> Tensor:
+    x, constants, geometry = _arguments(x, conv, bn, epilogue)
+    return cast(Tensor, _call(_conv_op, x, *constants, residual, *geometry))
+
+
+def _conv_norm_act(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.Module,
+    own: tuple[nn.Module, ...],
+    act: nn.Module | None,
+    residual: Tensor | None,
+    act_before_add: bool,
+) -> Tensor:
+    """`conv_bn_act` for a norm that ends in activations of its ``own``, as those of timm do."""
+    first = own if act is None or not act_before_add else (*own, act)
+    relu = all(map(_is_relu, first))
+    if x.dim() != 4 or not _is_fused(conv, norm):
+        y: Tensor = norm(conv(x))
+        for module in first[len(own) :]:
+            y = module(y)
+    elif relu and residual is not None and act is not None and _is_relu(act):
+        return _fused(x, conv, norm, residual, "relu_add_relu")
+    else:
+        y = _fused(x, conv, norm, None, "relu" if relu else "none")
+        for module in () if relu else first:
+            y = module(y)
+    if residual is not None:
+        y = y + residual
+    return y if act is None else cast(Tensor, act(y))
 
 
 def conv_bn_act_maxpool(
@@ -385,10 +442,13 @@ def conv_bn_act_maxpool(
     """
     if _is_proxy(x):
         return _traced(conv_bn_act_maxpool, x, conv, bn, act, pool)
+    acts = () if act is None else (act,)
+    if type(bn) is not nn.BatchNorm2d:
+        acts = (*fold.activations_of(bn), *acts)
     if (
         x.dim() != 4
-        or type(act) is not nn.ReLU
-        or _has_hooks(act)
+        or not acts
+        or not all(map(_is_relu, acts))
         or why_not_poolable(pool) is not None
         or not _is_fused(conv, bn)
     ):
@@ -420,7 +480,7 @@ def why_not_poolable(pool: nn.Module) -> str | None:
         return f"{type(pool).__name__} is not nn.MaxPool2d"
     if pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
         return "the pooling has dilation, ceil_mode or return_indices"
-    if _has_hooks(pool):
+    if hooks.is_seen(pool):
         return "a hook is registered on the pooling"
     return None
 

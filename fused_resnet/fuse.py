@@ -31,7 +31,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fused_resnet import nodes, patterns, tracing
+from fused_resnet import hooks, nodes, patterns, tracing
 from fused_resnet.backends import FusedResNetWarning
 from fused_resnet.functional import conv_bn_act, conv_bn_act_maxpool
 from fused_resnet.patterns import Match, Site
@@ -565,11 +565,15 @@ def why_stale(module: nn.Module) -> str | None:
     changed = vars(module).get("_fused_changed")
     if changed is not None:
         return f"its attribute {changed!r} was changed after it was fused"
+    if plan.inlined and hooks.is_everywhere():
+        return (
+            "a hook is registered for all modules, and must see those that the graph runs through"
+        )
     for parent, name, child, record in vars(module).get("_fused_links", ()):
         if parent._modules.get(name) is not child:
             return f"{name!r} was replaced after it was fused"
         if record is not None:
-            if len(child._modules) != record.children or tracing.has_hooks(child):
+            if len(child._modules) != record.children or hooks.is_on(child):
                 return f"children or hooks of {record.path!r} changed after it was fused"
             if plan.eval_only and child.training:
                 return f"{record.path!r} is in train mode"
@@ -681,7 +685,8 @@ def _forward(stock: type[nn.Module], plan: Plan) -> Callable[..., Any]:
 
 def _setattr(self: nn.Module, name: str, value: Any) -> None:
     """Notice what a graph cannot know: another value of an attribute that forward may have read."""
-    if name not in _MODULE_ATTRIBUTES and not isinstance(value, Tensor):
+    made = "_modules" in vars(self)  # Some classes set attributes before nn.Module has made it.
+    if made and name not in _MODULE_ATTRIBUTES and not isinstance(value, Tensor):
         before = vars(self).get(name, _NONE)
         if before is _NONE:
             for members in (self._modules, self._parameters, self._buffers):

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fused_resnet import functional
+from fused_resnet import functional, hooks
 from fused_resnet.problem import conv_out_size
 
 #: An activation module, ``"relu"`` for one that was written as a function, or None.
@@ -129,7 +129,7 @@ def _is_traced(value: object) -> bool:
 
 
 def _is_relu(act: Act) -> bool:
-    return isinstance(act, str) or (type(act) is nn.ReLU and not functional._has_hooks(act))
+    return isinstance(act, str) or (type(act) is nn.ReLU and not hooks.is_seen(act))
 
 
 def _activate(y: Tensor, act: Act) -> Tensor:

@@ -467,9 +467,15 @@ def _add_relu_inplace_fake(a: Tensor, b: Tensor) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+#: Epilogues that end in a ReLU.
+_CLIPPED = frozenset({"relu", "add_relu", "relu_add_relu"})
+
+
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, scale, shift, _, *ctx.geometry, ctx.epilogue = inputs
-    ctx.save_for_backward(x, weight, scale, shift, output)
+    # Only a ReLU's gradient looks at the result; else the next module may write into it.
+    clipped = ctx.epilogue in _CLIPPED
+    ctx.save_for_backward(x, weight, scale, shift, output if clipped else None)
 
 
 def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -481,7 +487,7 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     def convolution() -> Tensor:
         return torch.conv2d(x, weight, None, stride, padding, dilation, groups)
 
-    if ctx.epilogue in ("relu", "add_relu", "relu_add_relu"):
+    if ctx.epilogue in _CLIPPED:
         grad = grad * (output > 0)
     grad_residual = grad if want_residual else None
     y = None
@@ -610,6 +616,44 @@ def _autocast_add(op: Callable[..., Any], device: str) -> Callable[..., Any]:
     return rule
 
 
+# --------------------------------------------------------------------------------------------------
+# vmap: a further batch dimension joins N; batched weights (an ensemble) are taken one by one.
+# --------------------------------------------------------------------------------------------------
+
+
+def _vmap_conv(op: Callable[..., Any], activations: tuple[int, ...]) -> Callable[..., Any]:
+    """The vmap rule of a convolution whose arguments at the positions ``activations`` have an N."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        size: int = info.batch_size
+        # Lists of integers have a list of None for their dimension.
+        dims = [d if isinstance(d, int) else None for d in in_dims]
+        if any(d is not None for i, d in enumerate(dims) if i not in activations):
+            each = [
+                op(*(a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)))
+                for i in range(size)
+            ]
+            return torch.stack(each), 0
+        joined = list(args)
+        for i in activations:
+            if args[i] is not None:
+                d = dims[i]
+                t = args[i].expand(size, *args[i].shape) if d is None else args[i].movedim(d, 0)
+                joined[i] = t.flatten(0, 1)
+        y: Tensor = op(*joined)
+        return y.unflatten(0, (size, y.shape[0] // size)), 0
+
+    return rule
+
+
+def _vmap_add(info: Any, in_dims: tuple[int | None, ...], a: Tensor, b: Tensor) -> Any:
+    a, b = (
+        t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+        for t, d in zip((a, b), in_dims, strict=True)
+    )
+    return torch.ops.fused_resnet.add_relu(a, b), 0
+
+
 def _register() -> None:
     ops = torch.ops.fused_resnet
     for name, real, fake, kept in (
@@ -640,6 +684,12 @@ def _register() -> None:
         torch.library.register_autograd(
             f"fused_resnet::{name}", backward, setup_context=setup, lib=_LIB
         )
+    for name, rule in (
+        ("conv_affine_act", _vmap_conv(ops.conv_affine_act.default, (0, 4))),
+        ("conv_affine_relu_maxpool", _vmap_conv(ops.conv_affine_relu_maxpool.default, (0,))),
+        ("add_relu", _vmap_add),
+    ):
+        torch.library.register_vmap(f"fused_resnet::{name}", rule, lib=_LIB)
 
 
 _register()

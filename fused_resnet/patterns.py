@@ -27,7 +27,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from fused_resnet import functional, nodes
-from fused_resnet.fold import is_plain_conv, why_not_foldable
+from fused_resnet.fold import (
+    activations_of,
+    is_frozen_norm,
+    is_plain_conv,
+    why_not_foldable,
+)
 from fused_resnet.tracing import INPLACE_OPERATORS, stock_class
 
 Kind = Literal["conv", "norm", "act", "add", "maxpool"]
@@ -120,7 +125,7 @@ def kind_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> Kind | None:
         if isinstance(module, _ConvNd):
             return "conv"
         if isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm) or (
-            stock_class(module).__name__ == "FrozenBatchNorm2d"
+            is_frozen_norm(stock_class(module))
         ):
             return "norm"
         if isinstance(module, nn.MaxPool2d):
@@ -193,6 +198,11 @@ class _Matcher:
             node.op == "call_method" and node.target in ("relu", "relu_")
         )
 
+    def ends_in_relu(self, norm: nn.Module) -> bool:
+        """Whether a norm applies activations of its own, and they are ReLU."""
+        own = activations_of(norm)
+        return bool(own) and all(stock_class(m) is nn.ReLU for m in own)
+
     def is_sum(self, node: fx.Node) -> bool:
         """Whether node is the plain sum of two values of the graph."""
         return (
@@ -231,28 +241,30 @@ class _Matcher:
             chains.append(Site(**fields))
 
         user, skipped = self.consumer(conv)
+        relu: fx.Node | None = None  # The one before a pooling or a sum; it may be the norm's own.
         if user is not None and self.kind(user) == "norm":
             norm = self.module(user)
             if norm is None or why_not_foldable(norm) is not None or len(user.args) != 1:
                 return
             extend(user, skipped, norm=user)
-            user, skipped = self.consumer(user)
-        if user is not None and self.is_relu(user):
+            relu = user if self.ends_in_relu(norm) else None
+            user, skipped = (None, ()) if activations_of(norm) and not relu else self.consumer(user)
+        if relu is None and user is not None and self.is_relu(user):
             extend(user, skipped, act=user)
             relu = user
             user, skipped = self.consumer(user)
+        if relu is not None:
             if user is not None and self.poolable(user):
                 extend(user, skipped, pool=user)
             elif user is not None and self.may_take(user, relu):
                 after, more = self.consumer(user)
                 if after is not None and self.is_relu(after):
-                    residual = self.other(user, relu)
                     extend(
                         after,
                         (*skipped, *more),
-                        first_act=relu,
+                        first_act=None if relu is chains[-1].norm else relu,
                         add=user,
-                        residual=residual,
+                        residual=self.other(user, relu),
                         act=after,
                     )
         elif user is not None and self.may_take(user, chains[-1].parts[-1]):
@@ -455,7 +467,7 @@ class _Memory:
         """Whether node's value certainly lies in memory that no other value has."""
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            if stock_class(module).__name__ == "FrozenBatchNorm2d":
+            if is_frozen_norm(stock_class(module)):
                 return True
             inplace = getattr(module, "inplace", False)
             return isinstance(module, (*_FRESH_MODULES, nn.ReLU)) and not inplace

@@ -2,9 +2,9 @@
 
 Behind every call stand the same questions: do these modules still compute what their classes say,
 did a parameter change, which kernel runs? For a small image the answers cost more than the
-convolution. A compiled guard (csrc/ops_call_guard.cpp) holds all that they depend on; while it holds,
-and nobody watches ops on this thread (autograd, autocast, a profiler, a mode or a transform), the
-kernel is called at once. Without the compiled extension nothing is remembered.
+convolution. A compiled guard (csrc/ops_call_guard.cpp) keeps all that they depend on; while it
+holds, and nobody watches ops on this thread (autograd, autocast, a profiler, a mode or a
+transform), the kernel is called at once. Without the compiled extension nothing is remembered.
 """
 
 from __future__ import annotations

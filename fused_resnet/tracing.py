@@ -27,6 +27,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fused_resnet import hooks
+from fused_resnet.fold import is_frozen_norm
+
 #: Position of a call: its number within each frame (call of a module that was traced into) on the
 #: way.
 Key = tuple[int, ...]
@@ -50,17 +53,6 @@ def stock_class(module: nn.Module) -> type[nn.Module]:
     return cls
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class's forward."""
-    return bool(
-        "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 def is_leaf(module: nn.Module) -> bool:
     """Whether calls of ``module`` stand in a graph as they are, and no one looks inside."""
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
@@ -70,7 +62,7 @@ def is_leaf(module: nn.Module) -> bool:
         cls.__module__.split(".")[:2] in (["torch", "nn"], ["torch", "ao"], ["torch", "jit"])
         or cls.__module__.startswith("torch._dynamo")
         or isinstance(module, _ConvNd | _NormBase | torch.jit.ScriptModule)
-        or cls.__name__ == "FrozenBatchNorm2d"
+        or is_frozen_norm(cls)
     )
 
 
@@ -309,7 +301,7 @@ class _Tracer(fx.Tracer):
 
     def _enter(self, m: nn.Module, key: Key, args: Any, kwargs: Any) -> Any:
         """Run the forward of ``m`` within a frame of its own, without its hooks."""
-        if has_hooks(m):
+        if hooks.is_on(m):
             raise Untraceable("a hook is registered on it, or its forward was replaced")
         outer, self._frame = self._frame, key
         self._next.append(0)

@@ -159,3 +159,16 @@ def conv_kernels(op: str = "conv_affine_act") -> list[backends.Kernel]:
     if op == "conv_affine_relu_maxpool":
         problem = conv_problem(pool=MaxPool((3, 3), (2, 2), (1, 1)))
     return [k for k in backends.KERNELS if k.op == op and k.supports(problem, CPU) is None]
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Norms as after training: no statistic, weight or bias is trivial."""
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(getattr(m, "running_var", None), Tensor):
+                m.running_mean.normal_(0.0, 0.5)
+                m.running_var.uniform_(0.25, 4.0)
+                if m.weight is not None:
+                    m.weight.normal_(1.0, 0.5)
+                    m.bias.normal_(0.0, 0.5)
+    return model

@@ -23,19 +23,7 @@ import fused_resnet
 from fused_resnet import FusedResNetWarning, explain, fuse, nodes, unfuse
 from fused_resnet.fuse import plan_of, why_stale
 from fused_resnet.numerics import error
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Norms as after training: no statistic, weight or bias is trivial."""
-    for m in model.modules():
-        if hasattr(m, "running_var") and m.running_var is not None:
-            with torch.no_grad():
-                m.running_mean.normal_(0.0, 0.5)
-                m.running_var.uniform_(0.25, 4.0)
-                if m.weight is not None:
-                    m.weight.normal_(1.0, 0.5)
-                    m.bias.normal_(0.0, 0.5)
-    return model
+from tests.helpers import randomise
 
 
 def sites(model: nn.Module) -> list[str]:

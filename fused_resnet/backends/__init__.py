@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -289,7 +290,23 @@ def _warn_once(message: str, key: str | None = None) -> None:
         if key in _warned:
             return
         _warned.add(key)
-    warnings.warn(message, FusedResNetWarning, stacklevel=3)
+    warnings.warn(message, FusedResNetWarning, stacklevel=_users_frame())
+
+
+def _users_frame() -> int:
+    """The ``stacklevel`` at which `_warn_once` names the line that called torch or this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+#: Where library code lies; the second are the forwards that `fused_resnet.fuse` writes.
+_LIBRARIES = (
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+    "<fused_resnet ",
+    os.path.dirname(os.path.abspath(torch.__file__)),
+)
 
 
 __all__ = [
