@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 
 from fused_resnet import _build, backends
+from fused_resnet.backends import cudnn_graph
 from fused_resnet.console import megabytes, plain, table
 from fused_resnet.machine import Machine, machine, package_version, versions
 from fused_resnet.problem import AddReluProblem, ConvProblem, MaxPool, Problem
@@ -126,6 +127,11 @@ def _versions() -> Iterator[Finding]:
                 "pip install triton" if name == "triton" else 'pip install "fused-resnet[bench]"'
             )
             yield Finding("Versions", name, f"missing, needed for {purpose}: {extra}", "note")
+    # Where torch has no CUDA, nobody misses it.
+    if torch.version.cuda is not None and (reason := cudnn_graph.missing()):
+        yield Finding(
+            "Versions", "nvidia-cudnn-frontend", f"for the backend cudnn: {reason}", "note"
+        )
 
 
 def _processor(facts: Machine) -> Iterator[Finding]:

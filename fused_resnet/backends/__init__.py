@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import cpu, cuda, library, torch_, triton_
+from fused_resnet.backends import cpu, cuda, cudnn, library, torch_, triton_
 from fused_resnet.backends.kernel import Kernel, PackedKernel
 from fused_resnet.backends.verify import is_out_of_memory, verify
 from fused_resnet.problem import AddReluProblem, Problem
@@ -27,7 +27,7 @@ from fused_resnet.problem import AddReluProblem, Problem
 #: Every kernel, those of the backend that heuristics prefer first. ``torch`` is last: it can do
 #: all.
 KERNELS: tuple[Kernel, ...] = (
-    cpu.KERNELS + library.KERNELS + triton_.KERNELS + cuda.KERNELS + torch_.KERNELS
+    cpu.KERNELS + library.KERNELS + triton_.KERNELS + cuda.KERNELS + cudnn.KERNELS + torch_.KERNELS
 )
 
 #: Backends by name, in heuristic order.

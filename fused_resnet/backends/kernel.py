@@ -41,6 +41,14 @@ class Kernel(ABC):
         """Whether this kernel is expected to be quick here; the untuned choice tries it first."""
         return True
 
+    def variants(self, problem: Any, device: torch.device) -> tuple[Kernel, ...]:
+        """The configurations of this kernel that are worth timing, most promising first.
+
+        Each is a kernel by itself, the same object whenever asked for, whose name says the
+        configuration. By default there is but one: the kernel as it is.
+        """
+        return (self,)
+
     @abstractmethod
     def run(self, problem: Any, *args: Any) -> Tensor:
         """Compute the op; see the class for the arguments."""
