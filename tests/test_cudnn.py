@@ -41,9 +41,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCudnn]:
     monkeypatch.setattr(cudnn, "unavailable", lambda device: None)
     monkeypatch.setattr(cudnn, "_indexed", lambda device: device)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7)
-    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     cudnn.session.cache_clear()
     cudnn_graph.missing.cache_clear()
     yield fake
@@ -174,9 +172,8 @@ def test_threads_take_turns(library: FakeCudnn) -> None:
     wrong = []
 
     def work() -> None:
-        for _ in range(10):
-            if not torch.equal(KERNEL.run(problem, *args), expected):
-                wrong.append(1)
+        results = [KERNEL.run(problem, *args) for _ in range(10)]
+        wrong.extend(r for r in results if not torch.equal(r, expected))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -282,11 +279,14 @@ def test_the_untuned_choice_takes_it_last_before_torch() -> None:
 def test_a_forced_backend_that_cannot_run_is_told_and_torch_runs(fresh_registry: None) -> None:
     problem = conv_problem()
     args = draw(problem)
-    with backends.backend("cudnn"), backends.observe() as choices:
-        with pytest.warns(backends.FusedResNetWarning, match="cuDNN runs on NVIDIA GPUs"):
-            torch.ops.fused_resnet.conv_affine_act(
-                *args, problem.stride, problem.padding, problem.dilation, 1, "relu"
-            )
+    with (
+        backends.backend("cudnn"),
+        backends.observe() as choices,
+        pytest.warns(backends.FusedResNetWarning, match="cuDNN runs on NVIDIA GPUs"),
+    ):
+        torch.ops.fused_resnet.conv_affine_act(
+            *args, problem.stride, problem.padding, problem.dilation, 1, "relu"
+        )
     (choice,) = choices
     assert choice.kernel.full_name == "torch/aten"
     assert choice.rejected == (("cudnn/graph", "cuDNN runs on NVIDIA GPUs, not on cpu"),)
