@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -208,7 +209,7 @@ def verdict(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | N
     return _verdicts[key]
 
 
-def run(choice: Choice, *args: Tensor | None) -> Tensor:
+def run(choice: Choice, *args: Tensor | None) -> Any:
     """Run a choice; if its kernel raises, say so once and run the next one.
 
     Out-of-memory errors are the caller's to handle and pass through.
