@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -24,7 +23,7 @@ class ChainTile:
     """One program's work: BLOCK_M pixels; of the 3x3 BLOCK_K products, of out BLOCK_C channels.
 
     ``stages_1`` and ``stages_2`` are the depths of the software pipelines of the two loops. With
-    ``tma`` weights come through tensor descriptors. ``resident`` programs share one SM.
+    ``tma`` weights come through tensor descriptors.
     """
 
     block_m: int
@@ -34,7 +33,6 @@ class ChainTile:
     stages_1: int
     stages_2: int
     tma: bool = False
-    resident: int = 1
 
     def __str__(self) -> str:
         tma = " tma" if self.tma else ""
@@ -122,14 +120,16 @@ def programs(problem: ChainProblem, tile: ChainTile) -> int:
     return math.ceil(problem.n * pixels / tile.block_m)
 
 
-class _Offer(NamedTuple):
+@dataclass(frozen=True)
+class Offer:
     """A configuration, and the widest problem for which it compiles without spills.
 
     Attributes:
         m: channels of the 3x3.
         next: most channels of the next 1x1.
         proj: most channels of the projection's input.
-        shared: KiB of shared memory that it then takes.
+        shared: KiB of shared memory that the widest problem takes.
+        registers: programs that one SM's registers hold at once.
         tile: the configuration.
     """
 
@@ -137,36 +137,78 @@ class _Offer(NamedTuple):
     next: int
     proj: int
     shared: int
+    registers: int
     tile: ChainTile
 
+    def resident(self, arch: Arch) -> int:
+        """Programs that one SM holds at once."""
+        # Each block takes 1 KiB more than it asks for, and so does the limit of one block.
+        kib = arch.shared_memory // 1024 + 1
+        return min(self.registers, kib // (self.shared + 1))
 
-# What the compiler gives for each family; `make certify` proves it for the layers of ResNets.
+
+_64, _128 = (64, 64, 64, 4, 3, 2), (128, 64, 64, 8, 3, 2)
+_WIDE, _THIN = (64, 64, 64, 8, 3, 2), (64, 32, 64, 8, 3, 2)
+
+# What the compiler gives for each family of tensor instructions, fp16 and bf16 alike; `make
+# certify` proves every line.
 _MMA = (
-    _Offer(64, 64, 0, 40, ChainTile(64, 64, 64, 4, 3, 2, resident=3)),
-    _Offer(64, 128, 64, 73, ChainTile(128, 64, 64, 8, 3, 2)),
-    _Offer(128, 128, 0, 72, ChainTile(64, 64, 64, 4, 3, 2, resident=2)),
-    _Offer(128, 128, 0, 96, ChainTile(128, 64, 64, 8, 3, 2)),
-    _Offer(256, 256, 0, 80, ChainTile(64, 32, 64, 8, 3, 2)),
+    Offer(64, 64, 0, 41, 3, ChainTile(*_64)),
+    Offer(64, 128, 64, 66, 2, ChainTile(*_64)),
+    Offer(64, 64, 64, 74, 1, ChainTile(*_128)),
+    Offer(128, 128, 0, 73, 2, ChainTile(*_64)),
+    Offer(128, 128, 0, 97, 1, ChainTile(*_128)),
+    Offer(128, 256, 0, 89, 1, ChainTile(*_WIDE)),
+    Offer(128, 128, 256, 89, 1, ChainTile(64, 32, 64, 4, 3, 2)),
+    Offer(128, 256, 256, 97, 1, ChainTile(*_THIN)),
+    Offer(256, 512, 0, 93, 1, ChainTile(*_THIN)),
+    Offer(256, 256, 0, 121, 1, ChainTile(128, 32, 64, 8, 3, 2)),
+    Offer(256, 256, 512, 117, 1, ChainTile(32, 32, 64, 8, 3, 2)),
 )
-_OFFERS = {"mma": _MMA, "wgmma": _MMA, "tcgen05": _MMA}
+_WGMMA = (
+    Offer(64, 64, 0, 49, 3, ChainTile(*_64, tma=True)),
+    Offer(64, 128, 64, 82, 2, ChainTile(*_64, tma=True)),
+    Offer(64, 128, 64, 98, 1, ChainTile(*_128, tma=True)),
+    Offer(128, 128, 0, 82, 2, ChainTile(*_64, tma=True)),
+    Offer(128, 256, 0, 130, 1, ChainTile(*_128, tma=True)),
+    Offer(128, 128, 256, 210, 1, ChainTile(*_128, tma=True)),
+    Offer(128, 256, 256, 218, 1, ChainTile(*_WIDE, tma=True)),
+    Offer(128, 256, 256, 134, 1, ChainTile(*_THIN, tma=True)),
+    Offer(256, 256, 0, 145, 1, ChainTile(128, 32, 64, 8, 3, 2, tma=True)),
+    Offer(256, 512, 0, 137, 1, ChainTile(*_THIN, tma=True)),
+)
+_TCGEN05 = (
+    Offer(64, 64, 0, 52, 3, ChainTile(*_64, tma=True)),
+    Offer(64, 128, 64, 84, 2, ChainTile(*_64, tma=True)),
+    Offer(64, 128, 0, 86, 1, ChainTile(*_128, tma=True)),
+    Offer(128, 128, 0, 92, 2, ChainTile(*_64, tma=True)),
+    Offer(128, 128, 0, 118, 1, ChainTile(*_128, tma=True)),
+    Offer(128, 256, 256, 218, 1, ChainTile(*_WIDE, tma=True)),
+    Offer(256, 256, 0, 121, 1, ChainTile(*_THIN, tma=True)),
+)
+_OFFERS = {"mma": _MMA, "wgmma": _WGMMA, "tcgen05": _TCGEN05}
 
-#: Cycles that one wave of programs needs beside its loops, and bytes that L2 gives an SM in one.
+#: Cycles that one wave of programs needs beside its loops.
 _WAVE_CYCLES = 2400
-_L2_BYTES = 64
+
+#: Bytes that L2 gives one SM in one cycle while all of them ask, as weights are asked for here.
+_L2_BYTES = 32
+
+#: Share of the tensor rate that the model grants.
+_TENSOR_SHARE = 0.7
+
+
+def offers(arch: Arch) -> tuple[Offer, ...]:
+    """All configurations of one GPU."""
+    return tuple(o for o in _OFFERS[arch.family] if 1024 * o.shared <= arch.shared_memory)
 
 
 def chain_tiles(problem: ChainProblem, arch: Arch) -> tuple[ChainTile, ...]:
     """The configurations of one GPU for a supported problem, the predicted best first."""
     p = problem
-    fitting = [
-        offer.tile
-        for offer in _OFFERS[arch.family]
-        if offer.m == p.m
-        and p.next <= offer.next
-        and p.proj <= offer.proj
-        and 1024 * offer.shared <= arch.shared_memory
-    ]
-    return tuple(sorted(fitting, key=lambda tile: predicted_cycles(problem, tile, arch)))
+    fitting = [o for o in offers(arch) if o.m == p.m and p.next <= o.next and p.proj <= o.proj]
+    fitting.sort(key=lambda offer: predicted_cycles(problem, offer, arch))
+    return tuple(dict.fromkeys(offer.tile for offer in fitting))
 
 
 def chain_tile(problem: ChainProblem, arch: Arch) -> ChainTile:
@@ -181,16 +223,16 @@ def chain_tile(problem: ChainProblem, arch: Arch) -> ChainTile:
     return tiles[0]
 
 
-def predicted_cycles(problem: ChainProblem, tile: ChainTile, arch: Arch) -> float:
+def predicted_cycles(problem: ChainProblem, offer: Offer, arch: Arch) -> float:
     """Cycles by waves: the busiest SM's programs, each bound by tensor cores or by L2 bandwidth.
 
     A *prediction* that ranks configurations of one problem; it is not a time.
     """
-    p = problem
+    p, tile = problem, offer.tile
     weights = 9 * p.m * p.m + p.k * (p.m + p.proj + p.next)
-    compute = tile.block_m * weights / (0.7 * arch.multiply_adds(p.dtype, "tf32"))
+    compute = tile.block_m * weights / (_TENSOR_SHARE * arch.multiply_adds(p.dtype, "tf32"))
     pixel = 9 * p.m + (p.proj or p.k) + (0 if p.store == "pool" else p.k) + p.next
     loads = p.dtype.itemsize * (weights + tile.block_m * pixel) / _L2_BYTES
     per_sm = math.ceil(programs(problem, tile) / arch.sms)
-    waves = math.ceil(per_sm / tile.resident)
+    waves = math.ceil(per_sm / offer.resident(arch))
     return float(per_sm * max(compute, loads) + waves * _WAVE_CYCLES)
