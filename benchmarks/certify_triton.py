@@ -4,9 +4,9 @@
         [--kind conv chain]
 
 Needs no GPU, and times nothing: all that it says of speed is *predicted*. Writes
-``benchmarks/certificates/triton.json`` and ``triton_chain.json``, and prints one line for each kernel and GPU; the exit status
-says whether all keep the promises of the space of configurations. Compiled kernels are cached by
-Triton, so that a second run is quick.
+``benchmarks/certificates/triton.json`` and ``triton_chain.json``, and prints one line for each
+kernel and GPU; the exit status says whether all keep the promises of the space of configurations.
+Compiled kernels are cached by Triton, so that a second run is quick.
 """
 
 from __future__ import annotations
