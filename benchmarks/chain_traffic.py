@@ -1,4 +1,4 @@
-"""Bytes of a bottleneck network, cut in three ways, and what they allow: a model, not a measurement.
+"""Bytes of a bottleneck network, cut in several ways, and what they allow: a model.
 
     python -m benchmarks.chain_traffic
 
@@ -176,7 +176,7 @@ def megabytes(network: str, how: str, chained: Iterable[int] = ()) -> float:
 
 
 def predicted_seconds(plan: list[Step], gpu: Gpu, batch: int) -> float:
-    """Predicted time of one forward pass: for each kernel the largest of these bounds, and a launch.
+    """Predicted time of one forward pass: each kernel's largest bound of these, and a launch.
 
     - memory: activations and weights at the DRAM rate; activations are free where two of a stage's
       block outputs fit into 70% of L2;
