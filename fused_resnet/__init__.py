@@ -2,6 +2,7 @@
 
 from fused_resnet import functional
 from fused_resnet.backends import FusedResNetWarning, backend
+from fused_resnet.chain import Chain, ChainedModel, chain, find_chains
 from fused_resnet.check import CheckReport, check
 from fused_resnet.decompositions import decompositions
 from fused_resnet.explain import Explanation, explain
@@ -32,6 +33,8 @@ from fused_resnet.version import __version__
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "Chain",
+    "ChainedModel",
     "CheckReport",
     "ConvBNAct",
     "Explanation",
@@ -42,10 +45,12 @@ __all__ = [
     "Stem",
     "__version__",
     "backend",
+    "chain",
     "check",
     "cifar_resnet",
     "decompositions",
     "explain",
+    "find_chains",
     "functional",
     "fuse",
     "load",

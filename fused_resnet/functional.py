@@ -16,14 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
+from fused_resnet import chain_op as _chain_op  # noqa: F401  (registers the op)
 from fused_resnet import fold, hooks, recall
 from fused_resnet import ops as _ops
 from fused_resnet.decompositions import decompositions
 
 Size2 = int | tuple[int, int]
+#: Weight, scale and shift of a convolution.
+ConvAffine = tuple[Tensor, Tensor, Tensor]
 
 _conv_op = torch.ops.fused_resnet.conv_affine_act.default
 _stem_op = torch.ops.fused_resnet.conv_affine_relu_maxpool.default
+_chain_op_overload = torch.ops.fused_resnet.bottleneck_chain.default
 _add_relu_op = torch.ops.fused_resnet.add_relu.default
 _add_relu_inplace_op = torch.ops.fused_resnet.add_relu_.default
 
@@ -503,3 +507,60 @@ def _traced(function: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor:
 
     proxy = tracer.create_proxy("call_function", function, (x, *map(argument, args)), kwargs)
     return cast(Tensor, proxy)
+
+
+def bottleneck_chain(
+    mid: Tensor,
+    residual: Tensor,
+    conv2: ConvAffine,
+    conv3: ConvAffine,
+    *,
+    projection: ConvAffine | None = None,
+    following: ConvAffine | None = None,
+    stride: int = 1,
+    store: str = "all",
+) -> tuple[Tensor, Tensor]:
+    """A bottleneck from its 3x3 convolution on, and the first 1x1 of the next one, in one kernel.
+
+    With the affine maps as in `conv_affine_act`: mid2 = relu(conv2(mid)), whole = relu(conv3(mid2)
+    + shortcut), mid_next = relu(following(whole)), where the shortcut is ``residual``, or
+    ``projection(residual)``. The 3x3 has padding 1. For inference: there is no gradient.
+
+    Args:
+        mid: [N, M, H, W], float32, float16, bfloat16 or float64.
+        residual: [N, K, OH, OW] of mid's dtype; with a projection the block's input, [N, C, H, W]
+            or, where only its sampled pixels were kept, [N, C, OH, OW].
+        conv2: weight [M, M, 3, 3], and its fp32 scale and shift [M].
+        conv3: weight [K, M, 1, 1], scale and shift [K].
+        projection: weight [K, C, 1, 1], scale and shift [K]; its stride is ``stride``.
+        following: weight [NEXT, K, 1, 1], scale and shift [NEXT].
+        stride: of the 3x3.
+        store: what is kept of the block's output: ``all`` of it, its ``even`` rows and columns
+            (which is all that a following projection of stride 2 reads), or the mean over its
+            pixels, ``pool`` (nothing may follow then).
+
+    Returns:
+        ``out`` [N, K, OH, OW], or [N, K, ceil(OH / 2), ceil(OW / 2)], or [N, K, 1, 1]; and
+        ``mid_next`` [N, NEXT, OH, OW], with NEXT 0 if nothing follows.
+
+    Raises:
+        ValueError: shapes, devices or parameters do not fit together.
+        TypeError: a dtype is not supported or differs from mid's.
+        RuntimeError: an argument requires a gradient, and gradients are on.
+
+    Example:
+        >>> def conv(k, c, r):
+        ...     return torch.randn(k, c, r, r), torch.ones(k), torch.zeros(k)
+        >>> mid, x = torch.randn(1, 64, 8, 8), torch.randn(1, 256, 8, 8)
+        >>> out, mid_next = bottleneck_chain(
+        ...     mid, x, conv(64, 64, 3), conv(256, 64, 1), following=conv(64, 256, 1)
+        ... )
+        >>> out.shape, mid_next.shape
+        (torch.Size([1, 256, 8, 8]), torch.Size([1, 64, 8, 8]))
+    """
+    absent = (None, None, None)
+    projected, next_ = projection or absent, following or absent
+    out, mid_next = _chain_op_overload(
+        mid, residual, *conv2, *conv3, *projected, *next_, stride, store
+    )
+    return out, mid_next

@@ -376,7 +376,7 @@ def _add_relu(a: Tensor, b: Tensor) -> Tensor:
     choice = _add_choice(a, b, False)
     if a.numel() == 0:
         return torch.empty_like(a)
-    y = backends.run(choice, a, b)
+    y: Tensor = backends.run(choice, a, b)
     # Operands that lie differently in memory: the result lies as a fresh copy of a would.
     return y if y.stride() == a.stride() else torch.empty_like(a).copy_(y)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fused_resnet.backends.kernel import Kernel, PackedKernel, Prepared
 from fused_resnet.problem import AddReluProblem, ConvProblem, MaxPool
 
+from .chain_kernel import TritonChain
 from .config import (
     Arch,
     Config,
@@ -245,4 +246,4 @@ def _add_relu_start(
 
 
 #: Every kernel of this backend.
-KERNELS: tuple[Kernel, ...] = (TritonConv(), TritonStemPool(), TritonAddRelu())
+KERNELS: tuple[Kernel, ...] = (TritonConv(), TritonStemPool(), TritonAddRelu(), TritonChain())
