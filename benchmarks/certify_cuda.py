@@ -25,7 +25,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fused_resnet.backends.cuda_schedule import GATHER_TILES, TILES, ConvSchedule
+from fused_resnet.backends.cuda_schedule import (
+    GATHER_TILES,
+    TILES,
+    WIDE_GATHER_TILES,
+    ConvSchedule,
+    Tile,
+)
 from fused_resnet.certify import Certificate, certify_all, compare, load_json, table, to_json, tools
 from fused_resnet.problem import ConvProblem
 
@@ -74,19 +80,29 @@ class Config:
     shared: int
 
 
+def conv_config(
+    name: str, arithmetic: str, tile: Tile, suffix: str = "", parameters: str = ""
+) -> Config:
+    """An implicit GEMM; ``parameters`` are what its mangled name has after the tile."""
+    shape = rf"ConvTileILi{tile.pixels}ELi{tile.channels}E\w*EE{parameters}"
+    pattern = re.compile(rf"{len(name)}{name}I\w*{MATHS[arithmetic]}\w*{shape}")
+    wide = arithmetic == "float32" and tile.name != "64x64"
+    key = f"{name} {arithmetic} {tile.name}{suffix}"
+    return Config(key, pattern, 256 if wide else 128, tile.shared_bytes)
+
+
 def configs() -> Iterator[Config]:
     """Every kernel of the extension that multiplies."""
     for arithmetic, math in MATHS.items():
-        for name, tiles in (
-            ("conv_implicit_gemm", TILES),
-            ("conv_implicit_gemm_gather", GATHER_TILES),
-        ):
-            for tile in tiles:
-                shape = f"ConvTileILi{tile.pixels}ELi{tile.channels}E"
-                pattern = re.compile(rf"{len(name)}{name}I\w*{math}\w*{shape}")
-                wide = arithmetic == "float32" and tile.name != "64x64"
-                key = f"{name} {arithmetic} {tile.name}"
-                yield Config(key, pattern, 256 if wide else 128, tile.shared_bytes)
+        for tile in TILES:
+            yield conv_config("conv_implicit_gemm", arithmetic, tile)
+        name = "conv_implicit_gemm_gather"
+        for tile in GATHER_TILES:
+            yield conv_config(name, arithmetic, tile, "", "Li1ELb0E")
+            if arithmetic in ("float16", "bfloat16"):
+                yield conv_config(name, arithmetic, tile, " pairs", "Li2ELb0E")
+        for tile in WIDE_GATHER_TILES:
+            yield conv_config(name, arithmetic, tile, " wide", "Li1ELb1E")
         shared = 39296 if arithmetic in ("float16", "bfloat16") else 74112
         name = "conv_affine_relu_maxpool"
         for suffix, last in (("", "[^h]"), (" uint8", "h")):

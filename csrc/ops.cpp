@@ -187,10 +187,14 @@ at::Tensor cuda_conv_implicit_gemm(const at::Tensor& x, const at::Tensor& weight
   if (gather.has_value()) {
     constexpr int64_t kSliceBytes = 128;
     const int64_t slice = kSliceBytes / x.element_size();
+    const int64_t piece = gather_piece(args.problem, static_cast<int>(x.element_size()));
     check_on_device(*gather, x, kOp, "gather");
     TORCH_CHECK_VALUE(gather->scalar_type() == at::kInt && gather->is_contiguous() &&
-                          gather->numel() == 4 * ((reduction + slice - 1) / slice * slice),
+                          gather->numel() == 2 * ((reduction + slice - 1) / slice * slice) / piece,
                       kOp, ": the gathering table does not fit the reduction");
+    TORCH_CHECK_VALUE(
+        reinterpret_cast<uintptr_t>(x.const_data_ptr()) % (piece * x.element_size()) == 0, kOp,
+        ": x does not begin at a multiple of ", piece, " elements");
     args.gather = static_cast<const GatherEntry*>(gather->const_data_ptr());
     args.reduction = index32(weight.size(1), "the reduction");
     TORCH_CHECK_VALUE(weight.size(1) == (reduction + vector - 1) / vector * vector, kOp,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import cuda
-from fused_resnet.backends.cuda_schedule import ConvSchedule
+from fused_resnet.backends.cuda_schedule import ConvSchedule, gathers_wide
 from fused_resnet.problem import EPILOGUES, ConvProblem, conv_out_size
 from tests.emulator import Buffer, Output, Report
 from tests.emulator.project import kernels
@@ -200,9 +200,12 @@ def conv(
         for name, buffer in buffers.items():
             setattr(args, name, buffer.address)
         args.reduction = packed.weight.shape[1] if packed.gather is not None else 0
-        name = "conv_implicit_gemm" + ("" if packed.gather is None else "_gather")
+        name, way = "conv_implicit_gemm", ""
+        if packed.gather is not None:
+            name += "_gather"
+            way = ",wide" if gathers_wide(p) else ",pairs" if cuda.gather_piece(p) == 2 else ""
         for launch, is_reduction in planned(args, arithmetic, schedule.tile.index, run.checked):
-            kernel = f"{name}<{arithmetic},{schedule.tile.name}>"
+            kernel = f"{name}<{arithmetic},{schedule.tile.name}{way}>"
             if is_reduction:
                 kernel = f"conv_reduce_splits<{arithmetic}>"
             seeded = bug is not None and not is_reduction

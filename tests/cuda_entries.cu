@@ -44,10 +44,25 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads) entry_conv(CONV_PAR
   conv_block<MATH, Tile, Loader, SeededBug::kNone>(CONV_ARGS, shared);
 }
 
+template <int kPiece, bool kWide>
+__device__ __forceinline__ void gather_block(const ConvArgs& args, char* shared) {
+  using Loader = GatherLoader<T, Tile, kPiece, kWide>;
+  conv_block<MATH, Tile, Loader, SeededBug::kNone>(args, shared);
+}
+
 extern "C" __global__ void __launch_bounds__(Tile::kThreads) entry_gather(CONV_PARAMETERS) {
   DYNAMIC_SHARED(char, shared);
-  using Loader = GatherLoader<T, Tile, SeededBug::kNone>;
-  conv_block<MATH, Tile, Loader, SeededBug::kNone>(CONV_ARGS, shared);
+  gather_block<1, false>(CONV_ARGS, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(Tile::kThreads) entry_gather_wide(CONV_PARAMETERS) {
+  DYNAMIC_SHARED(char, shared);
+  gather_block<1, true>(CONV_ARGS, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(Tile::kThreads) entry_gather_pairs(CONV_PARAMETERS) {
+  DYNAMIC_SHARED(char, shared);
+  gather_block<4 / sizeof(T), false>(CONV_ARGS, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(kReduceThreads) entry_reduce(CONV_PARAMETERS) {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.certify_cuda import LAYERS
 from fused_resnet.backends.cuda import bundled, gathers, round_to_tf32
-from fused_resnet.backends.cuda_schedule import GATHER_TILES, TILES, ConvSchedule, choose
+from fused_resnet.backends.cuda_schedule import TILES, ConvSchedule, candidates, choose
 from fused_resnet.numerics import error, reference_conv, stock_conv
 from fused_resnet.problem import EPILOGUES, ConvProblem
 from tests import cuda_emulated as emulated
@@ -41,7 +41,11 @@ ODD = {
     "three_channels": (2, 3, 19, 17, 64, (7, 7), (2, 2), (3, 3), (1, 1), 1),
     "one_channel": (1, 1, 9, 9, 10, (3, 3), (1, 1), (1, 1), (1, 1), 1),
     "odd_channels": (1, 37, 6, 7, 33, (3, 3), (1, 1), (1, 1), (2, 1), 1),
+    "even_channels": (2, 18, 6, 7, 33, (3, 3), (1, 2), (1, 1), (2, 1), 1),
+    "even_groups": (1, 36, 5, 6, 20, (3, 3), (1, 1), (1, 1), (1, 1), 2),
     "kernel_33": (1, 8, 2, 40, 8, (1, 33), (1, 1), (0, 2), (1, 1), 1),
+    "kernel_16x15": (1, 5, 17, 16, 8, (16, 15), (1, 1), (3, 2), (1, 1), 1),
+    "kernel_17": (1, 3, 19, 4, 8, (17, 2), (1, 1), (2, 1), (1, 1), 1),
 }
 
 
@@ -132,7 +136,7 @@ def test_layers_of_resnets_full_size(arithmetic: str, index: int) -> None:
 def test_odd_geometries(arithmetic: str, name: str) -> None:
     turn = list(ODD).index(name)
     problem = problem_of(ODD[name], arithmetic, EPILOGUES[turn % 5])
-    tiles = GATHER_TILES if gathers(problem) else TILES
+    tiles = [s.tile for s in candidates(bundled(problem), gathers(problem)) if s.splits == 1]
     for splits in (1, 2):
         run = emulated.Run(schedule=SCHEDULES[(turn + splits) % 3], placement="left", seed=turn)
         check(problem, arithmetic, ConvSchedule(tiles[turn % len(tiles)], splits), run)
@@ -140,7 +144,10 @@ def test_odd_geometries(arithmetic: str, name: str) -> None:
 
 def test_odd_geometries_take_both_ways_in() -> None:
     gathered = {name for name in ODD if gathers(problem_of(ODD[name], "float16", "none"))}
-    assert gathered == {"odd_groups", "three_channels", "one_channel", "odd_channels", "kernel_33"}
+    assert gathered == {
+        *("odd_groups", "three_channels", "one_channel", "odd_channels", "even_channels"),
+        *("even_groups", "kernel_33", "kernel_16x15", "kernel_17"),
+    }
 
 
 def test_narrow_groups_are_bundled() -> None:
@@ -186,6 +193,9 @@ CHECKED = [
     ("groups", TILES[2], 1, True),
     ("three_channels", TILES[1], 1, True),
     ("odd_groups", TILES[3], 2, True),
+    ("even_channels", TILES[1], 1, True),
+    ("even_groups", TILES[3], 2, True),
+    ("kernel_33", TILES[3], 1, True),
 ]
 
 

@@ -35,10 +35,12 @@ MATHS = {
 }
 TILE = TILES[3]
 
-#: N, C, H, W, K, (R, S), stride, padding, dilation, groups: the vector and the gathering kernel.
+#: N, C, H, W, K, (R, S), stride, padding, dilation, groups: the vector and the gathering kernels.
 GEOMETRIES = {
     "entry_conv": (1, 24, 7, 6, 40, (3, 3), (1, 1), (1, 1), (1, 1), 1),
     "entry_gather": (1, 3, 9, 8, 16, (3, 3), (2, 1), (1, 1), (1, 1), 1),
+    "entry_gather_pairs": (1, 6, 7, 8, 16, (3, 3), (2, 1), (1, 1), (1, 1), 1),
+    "entry_gather_wide": (1, 3, 2, 20, 8, (1, 17), (1, 1), (0, 3), (1, 1), 1),
 }
 
 
@@ -70,7 +72,7 @@ def test_conv(arithmetic: str, entry: str, splits: int) -> None:
     args = inputs(problem)
     x, weight, scale, shift, residual = args
     packed = cuda.pack(problem, weight, arithmetic == "tf32")
-    assert (packed.gather is not None) == (entry == "entry_gather")
+    assert (packed.gather is not None) == entry.startswith("entry_gather")
     n, k, oh, ow = problem.out_shape
     y = array(torch.zeros(n, oh, ow, k, dtype=problem.dtype))
     partial = np.zeros((splits, y.size), np.float32)
