@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import cuda
+from fused_resnet.backends.cuda_chain import pack_chain
 from fused_resnet.backends.cuda_schedule import ConvSchedule, gathers_wide
 from fused_resnet.problem import EPILOGUES, ConvProblem, conv_out_size
 from tests.emulator import Buffer, Output, Report
@@ -337,3 +338,72 @@ def transpose(run: Run, x: Tensor) -> Tensor:
         256,
     )
     return y
+
+
+class ChainArgs(ctypes.Structure):
+    """``ChainArgs`` of csrc/cuda/chain_args.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("n", "h", "w", "mid")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("mid1", "weights", "scale2", "shift2", "scale3", "shift3", "scale1", "shift1"),
+                *("residual", "out", "mid_next"),
+            )
+        ),
+        ("derived", ctypes.c_int32 * 8),
+    ]
+
+
+def bottleneck_chain(
+    run: Run,
+    dtype: str,
+    resident: bool,
+    blocks: int,
+    mid1: Tensor,
+    residual: Tensor,
+    weight2: Tensor,
+    affine2: tuple[Tensor, Tensor],
+    weight3: Tensor,
+    affine3: tuple[Tensor, Tensor],
+    weight1: Tensor | None,
+    affine1: tuple[Tensor, Tensor] | None,
+) -> list[Tensor]:
+    """``out`` and, if there is a next convolution, ``mid_next``, by at most ``blocks`` blocks."""
+    n, mid, h, w = mid1.shape
+    tensors = {
+        "mid1": nhwc(mid1),
+        "weights": pack_chain(weight2, weight3, weight1),
+        **dict(zip(("scale2", "shift2", "scale3", "shift3"), (*affine2, *affine3), strict=True)),
+        "residual": nhwc(residual),
+        "out": torch.empty(n, h, w, 4 * mid, dtype=mid1.dtype),
+    }
+    results = ["out"]
+    if affine1 is not None:
+        tensors |= {"scale1": affine1[0], "shift1": affine1[1]}
+        tensors["mid_next"] = torch.empty(n, h, w, mid, dtype=mid1.dtype)
+        results.append("mid_next")
+    buffers = {name: run.buffer(t, name, name not in results) for name, t in tensors.items()}
+    try:
+        args = ChainArgs(n=n, h=h, w=w, mid=mid)
+        for name, buffer in buffers.items():
+            setattr(args, name, buffer.address)
+            buffer.protect(name in results)
+        library = _planner("bottleneck_chain", run.checked)
+        shared_bytes = library.derive_chain(ctypes.byref(args), int(resident))
+        way = f"{'resident' if resident else 'streamed'},{'next' if affine1 else 'last'}"
+        run.launch(
+            "bottleneck_chain",
+            f"bottleneck_chain<{dtype},{mid},{way}>",
+            {"args": args},
+            (min(blocks, n * -(-h // 8) * -(-w // 16)),),
+            256,
+            shared_bytes,
+        )
+        for name in results:
+            buffers[name].copy_to(tensors[name])
+    finally:
+        for buffer in buffers.values():
+            buffer.close()
+    return [tensors[name].permute(0, 3, 1, 2) for name in results]
