@@ -286,6 +286,78 @@ at::Tensor cuda_stem(const at::Tensor& x, const at::Tensor& weight, const at::Te
   return y;
 }
 
+// (out, mid_next); mid_next has no channels where scale1 is not given.
+std::tuple<at::Tensor, at::Tensor> cuda_bottleneck_chain(
+    const at::Tensor& mid1, const at::Tensor& residual, const at::Tensor& weights,
+    const at::Tensor& scale2, const at::Tensor& shift2, const at::Tensor& scale3,
+    const at::Tensor& shift3, const std::optional<at::Tensor>& scale1,
+    const std::optional<at::Tensor>& shift1) {
+  constexpr const char* kOp = "cuda_bottleneck_chain";
+  constexpr auto kNhwc = at::MemoryFormat::ChannelsLast;
+  const auto aligned = [](const at::Tensor& t) {
+    return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  };
+  TORCH_CHECK_TYPE(mid1.scalar_type() == at::kHalf || mid1.scalar_type() == at::kBFloat16, kOp,
+                   ": expected float16 or bfloat16, found ", mid1.scalar_type());
+  TORCH_CHECK_VALUE(mid1.dim() == 4 && mid1.is_contiguous(kNhwc) && aligned(mid1), kOp,
+                    ": expected mid1 [N, C, H, W], aligned and dense in channels_last order");
+  const int64_t mid = mid1.size(1), pixels = mid1.size(0) * mid1.size(2) * mid1.size(3);
+  TORCH_CHECK_VALUE(mid == 64 || mid == 128, kOp, ": serves 64 and 128 channels, not ", mid);
+  check_on_device(residual, mid1, kOp, "residual");
+  TORCH_CHECK_VALUE(
+      residual.sizes() == at::IntArrayRef({mid1.size(0), 4 * mid, mid1.size(2), mid1.size(3)}) &&
+          residual.is_contiguous(kNhwc) && residual.scalar_type() == mid1.scalar_type() &&
+          aligned(residual),
+      kOp, ": expected a residual of 4 times the channels of mid1, aligned and dense, found ",
+      residual.sizes());
+  const bool has_next = scale1.has_value() && shift1.has_value();
+  check_on_device(weights, mid1, kOp, "weights");
+  TORCH_CHECK_VALUE(weights.numel() == (has_next ? 17 : 13) * mid * mid &&
+                        weights.is_contiguous() && aligned(weights) &&
+                        weights.scalar_type() == mid1.scalar_type(),
+                    kOp, ": the packed weights do not fit");
+  check_affine(scale2, mid1, mid, kOp, "scale2");
+  check_affine(shift2, mid1, mid, kOp, "shift2");
+  check_affine(scale3, mid1, 4 * mid, kOp, "scale3");
+  check_affine(shift3, mid1, 4 * mid, kOp, "shift3");
+  TORCH_CHECK_VALUE(pixels < (int64_t{1} << 30), kOp, ": ", pixels, " pixels are too many");
+
+  const c10::cuda::CUDAGuard guard(mid1.device());
+  const at::Tensor out = at::empty(residual.sizes(), residual.options(), kNhwc);
+  const at::Tensor mid_next = at::empty(
+      {mid1.size(0), has_next ? mid : 0, mid1.size(2), mid1.size(3)}, mid1.options(), kNhwc);
+  if (pixels == 0) return {out, mid_next};
+  const auto floats = [&](const at::Tensor& t) {
+    TORCH_CHECK_VALUE(aligned(t), kOp, ": a scale or shift is not aligned to 16 bytes");
+    return static_cast<const float*>(t.const_data_ptr());
+  };
+  ChainArgs args = {};
+  args.n = index32(mid1.size(0), "N");
+  args.h = index32(mid1.size(2), "H");
+  args.w = index32(mid1.size(3), "W");
+  args.mid = static_cast<int32_t>(mid);
+  args.mid1 = mid1.const_data_ptr();
+  args.weights = weights.const_data_ptr();
+  args.scale2 = floats(scale2);
+  args.shift2 = floats(shift2);
+  args.scale3 = floats(scale3);
+  args.shift3 = floats(shift3);
+  args.residual = residual.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  if (has_next) {
+    check_affine(*scale1, mid1, mid, kOp, "scale1");
+    check_affine(*shift1, mid1, mid, kOp, "shift1");
+    args.scale1 = floats(*scale1);
+    args.shift1 = floats(*shift1);
+    args.mid_next = mid_next.mutable_data_ptr();
+  }
+  cuda::bottleneck_chain(
+      args,
+      mid1.scalar_type() == at::kHalf ? cuda::Arithmetic::kFloat16 : cuda::Arithmetic::kBFloat16,
+      c10::cuda::getCurrentCUDAStream().stream());
+  return {out, mid_next};
+}
+
 cuda::DType cuda_dtype(const at::Tensor& tensor, const char* op) {
   switch (tensor.scalar_type()) {
     case at::kFloat:
@@ -529,6 +601,7 @@ PYBIND11_MODULE(_C, m) {
 #if defined(FUSED_RESNET_CUDA_VERSION)
   m.def("cuda_conv_implicit_gemm", torch::wrap_pybind_function_no_gil(cuda_conv_implicit_gemm));
   m.def("cuda_stem", torch::wrap_pybind_function_no_gil(cuda_stem));
+  m.def("cuda_bottleneck_chain", torch::wrap_pybind_function_no_gil(cuda_bottleneck_chain));
   m.def("cuda_add_relu", torch::wrap_pybind_function_no_gil(cuda_add_relu));
   m.def("cuda_global_average_pool", torch::wrap_pybind_function_no_gil(cuda_global_average_pool));
   m.def("cuda_to_channels_last", torch::wrap_pybind_function_no_gil(cuda_to_channels_last));

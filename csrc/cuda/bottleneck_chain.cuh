@@ -69,9 +69,10 @@ class ChainStream {
   __device__ __forceinline__ void copy() {
     if (left_ > 0) {
       const int bytes = step_ < Tile::kTapSteps ? Tile::kTapBytes : Tile::kChunkBytes;
-#pragma unroll 4
-      for (int i = threadIdx.x * kVectorBytes; i < bytes; i += Tile::kThreads * kVectorBytes) {
-        cp_async<kVectorBytes>(write_ + i, source_ + i, true);
+      const int thread = threadIdx.x * kVectorBytes;
+#pragma unroll
+      for (int i = 0; i < Tile::kStageBytes; i += Tile::kThreads * kVectorBytes) {
+        if (i < bytes) cp_async<kVectorBytes>(write_ + i + thread, source_ + i + thread, true);
       }
       const bool last = ++step_ == Tile::kSteps;
       step_ = last ? 0 : step_;
