@@ -109,9 +109,9 @@ def cuda_bottleneck_chain(
 ) -> tuple[Tensor, Tensor]:
     """(out, mid_next) of a chained bottleneck of stride 1, in float16 and bfloat16.
 
-    mid1 [N, M, H, W] with M 64 or 128 and residual [N, 4 M, H, W] are dense in channels_last order;
-    ``weights`` comes from ``fused_resnet.backends.cuda_chain.pack_chain``; mid_next [N, M, H, W] has
-    no channels where there is no ``scale1``. Raises as ``cuda_conv_implicit_gemm``.
+    mid1 [N, M, H, W] with M 64 or 128 and residual [N, 4 M, H, W] are dense in channels_last
+    order; ``weights`` is made by ``fused_resnet.backends.cuda_chain.pack_chain``; mid_next
+    [N, M, H, W] has no channels without ``scale1``. Raises as ``cuda_conv_implicit_gemm``.
     """
 
 def cuda_add_relu(a: Tensor, b: Tensor, inplace: bool) -> Tensor:
