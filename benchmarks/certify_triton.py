@@ -1,11 +1,12 @@
 """Certificates of the Triton backend: compile every launch for every GPU and judge the code.
 
     python benchmarks/certify_triton.py [--arch 80 90] [--dtype float16] [--batch 1] [--jobs 2]
+        [--kind conv chain]
 
 Needs no GPU, and times nothing: all that it says of speed is *predicted*. Writes
-``benchmarks/certificates/triton.json`` and prints one line for each kernel and GPU; the exit status
-says whether all keep the promises of the space of configurations. Compiled kernels are cached by
-Triton, so that a second run is quick.
+``benchmarks/certificates/triton.json`` and ``triton_chain.json``, and prints one line for each
+kernel and GPU; the exit status says whether all keep the promises of the space of configurations.
+Compiled kernels are cached by Triton, so that a second run is quick.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fused_resnet.backends.triton_.certify import (
     Case,
     cases,
     certify_case,
+    chain_cases,
     complaints,
     name_of,
     summary,
@@ -34,22 +36,24 @@ from fused_resnet.backends.triton_.certify import (
 from fused_resnet.backends.triton_.config import ARCHS
 from fused_resnet.certify import Certificate, to_json
 
-OUT = Path(__file__).parent / "certificates" / "triton.json"
+OUT = Path(__file__).parent / "certificates"
+FILES = {"conv": "triton.json", "chain": "triton_chain.json"}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
-Selection = tuple[tuple[int, ...], tuple[str, ...], tuple[int, ...]]
+Selection = tuple[str, tuple[int, ...], tuple[str, ...], tuple[int, ...]]
 
 
 @lru_cache(maxsize=1)
 def selected(
-    archs: tuple[int, ...], dtypes: tuple[str, ...], batches: tuple[int, ...]
+    kind: str, archs: tuple[int, ...], dtypes: tuple[str, ...], batches: tuple[int, ...]
 ) -> list[Case]:
     """The cases of a selection, in an order that every process agrees on."""
-    return cases(
-        archs=[arch for arch in ARCHS if arch.capability in archs],
-        batches=batches,
-        dtypes=[DTYPES[name] for name in dtypes],
-    )
+    gpus = [arch for arch in ARCHS if arch.capability in archs]
+    types = [DTYPES[name] for name in dtypes]
+    if kind == "chain":
+        # The batch is not part of the code.
+        return chain_cases(gpus, [dtype for dtype in types if dtype != torch.float32])
+    return cases(archs=gpus, batches=batches, dtypes=types)
 
 
 def certify_one(selection: Selection, index: int) -> Certificate:
@@ -72,20 +76,23 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--kind", nargs="+", choices=FILES, default=list(FILES))
+    parser.add_argument("--out", type=Path, default=OUT, help="folder")
     options = parser.parse_args()
 
-    selection = tuple(options.arch), tuple(options.dtype), tuple(options.batch)
-    certificates, broken = {}, []
-    for case, certificate in certified(selection, options.jobs):
-        certificates[name_of(case)] = certificate
-        broken += [f"{name_of(case)}: {why}" for why in complaints(case, certificate)]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(to_json(certificates, {"triton": triton.__version__}))
-
-    console = Console(width=200)
-    console.print(summary(certificates))
-    console.print(f"{len(certificates)} certificates in {options.out}, {len(broken)} complaints")
+    options.out.mkdir(parents=True, exist_ok=True)
+    console, broken = Console(width=200), []
+    for kind in options.kind:
+        selection = kind, tuple(options.arch), tuple(options.dtype), tuple(options.batch)
+        certificates = {}
+        for case, certificate in certified(selection, options.jobs):
+            certificates[name_of(case)] = certificate
+            broken += [f"{name_of(case)}: {why}" for why in complaints(case, certificate)]
+        path = options.out / FILES[kind]
+        path.write_text(to_json(certificates, {"triton": triton.__version__}))
+        console.print(summary(certificates))
+        console.print(f"{len(certificates)} certificates in {path}")
+    console.print(f"{len(broken)} complaints")
     for line in broken:
         console.print(line, style="red")
     return bool(broken)

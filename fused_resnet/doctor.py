@@ -13,9 +13,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 
 from fused_resnet import _build, backends
+from fused_resnet.backends import cudnn_graph
 from fused_resnet.console import megabytes, plain, table
 from fused_resnet.machine import Machine, machine, package_version, versions
-from fused_resnet.problem import AddReluProblem, ConvProblem, MaxPool, Problem
+from fused_resnet.problem import AddReluProblem, ChainProblem, ConvProblem, MaxPool, Problem
 
 Status = Literal["ok", "note", "broken"]
 
@@ -126,6 +127,11 @@ def _versions() -> Iterator[Finding]:
                 "pip install triton" if name == "triton" else 'pip install "fused-resnet[bench]"'
             )
             yield Finding("Versions", name, f"missing, needed for {purpose}: {extra}", "note")
+    # Where torch has no CUDA, nobody misses it.
+    if torch.version.cuda is not None and (reason := cudnn_graph.missing()):
+        yield Finding(
+            "Versions", "nvidia-cudnn-frontend", f"for the backend cudnn: {reason}", "note"
+        )
 
 
 def _processor(facts: Machine) -> Iterator[Finding]:
@@ -229,6 +235,8 @@ def _problems(op: str, dtype: torch.dtype) -> list[Problem]:
     """Typical problems of an op: a kernel that supports none of them is of no use to a ResNet."""
     if op == "add_relu":
         return [AddReluProblem((8, 64, 56, 56), dtype, False, True)]
+    if op == "bottleneck_chain":
+        return [ChainProblem(8, 64, 56, 56, 256, 64, 0, 1, 1, "all", dtype)]
     if op == "conv_affine_relu_maxpool":
         pool = MaxPool((3, 3), (2, 2), (1, 1))
         return [

@@ -16,13 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-from fused_resnet import fold
+from fused_resnet import chain_op as _chain_op  # noqa: F401  (registers the op)
+from fused_resnet import fold, recall
 from fused_resnet import ops as _ops
 
 Size2 = int | tuple[int, int]
+#: Weight, scale and shift of a convolution.
+ConvAffine = tuple[Tensor, Tensor, Tensor]
 
 _conv_op = torch.ops.fused_resnet.conv_affine_act.default
 _stem_op = torch.ops.fused_resnet.conv_affine_relu_maxpool.default
+_chain_op_overload = torch.ops.fused_resnet.bottleneck_chain.default
 _add_relu_op = torch.ops.fused_resnet.add_relu.default
 _add_relu_inplace_op = torch.ops.fused_resnet.add_relu_.default
 
@@ -324,6 +328,10 @@ def conv_bn_act(
         >>> conv, bn, relu = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
         >>> y = conv_bn_act(torch.randn(1, 3, 32, 32), conv.eval(), bn.eval(), relu)
     """
+    if not torch.compiler.is_compiling():
+        recalled = recall.recall(x, conv, bn, act, residual, act_before_add)
+        if recalled is not None:
+            return recalled
     if type(x) is not Tensor and _is_proxy(x):
         return _traced(conv_bn_act, x, conv, bn, act, residual, act_before_add=act_before_add)
     relu = act is None or (type(act) is nn.ReLU and not _has_hooks(act))
@@ -337,7 +345,7 @@ def conv_bn_act(
         if act is None:
             return y + residual
         return cast(Tensor, act((act(y) if act_before_add else y) + residual))
-    x, padding = _unpadded(x, conv)
+    padded, padding = _unpadded(x, conv)
     if act is None or not relu:
         epilogue = "none" if residual is None else "add"
     elif residual is None:
@@ -345,20 +353,16 @@ def conv_bn_act(
     else:
         epilogue = "relu_add_relu" if act_before_add else "add_relu"
     scale, shift = fold.affine_of(conv, bn)
-    y = _call(
-        _conv_op,
-        x,
-        fold.weight_of(conv),
-        scale,
-        shift,
-        residual,
-        conv.stride,
-        padding,
-        conv.dilation,
-        conv.groups,
-        epilogue,
-    )
-    return cast(Tensor, y if act is None or relu else act(y))
+    weight = fold.weight_of(conv)
+    geometry = (conv.stride, padding, conv.dilation, conv.groups, epilogue)
+    y = _call(_conv_op, padded, weight, scale, shift, residual, *geometry)
+    if not relu:
+        assert act is not None
+        return cast(Tensor, act(y))
+    if padded is x and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        call = (x, conv, bn, act, residual, act_before_add)
+        recall.remember(*call, (weight, scale, shift), geometry)
+    return y
 
 
 def conv_bn_act_maxpool(
@@ -443,3 +447,60 @@ def _traced(function: Any, x: Any, *args: Any, **kwargs: Any) -> Tensor:
 
     proxy = tracer.create_proxy("call_function", function, (x, *map(argument, args)), kwargs)
     return cast(Tensor, proxy)
+
+
+def bottleneck_chain(
+    mid: Tensor,
+    residual: Tensor,
+    conv2: ConvAffine,
+    conv3: ConvAffine,
+    *,
+    projection: ConvAffine | None = None,
+    following: ConvAffine | None = None,
+    stride: int = 1,
+    store: str = "all",
+) -> tuple[Tensor, Tensor]:
+    """A bottleneck from its 3x3 convolution on, and the first 1x1 of the next one, in one kernel.
+
+    With the affine maps as in `conv_affine_act`: mid2 = relu(conv2(mid)), whole = relu(conv3(mid2)
+    + shortcut), mid_next = relu(following(whole)), where the shortcut is ``residual``, or
+    ``projection(residual)``. The 3x3 has padding 1. For inference: there is no gradient.
+
+    Args:
+        mid: [N, M, H, W], float32, float16, bfloat16 or float64.
+        residual: [N, K, OH, OW] of mid's dtype; with a projection the block's input, [N, C, H, W]
+            or, where only its sampled pixels were kept, [N, C, OH, OW].
+        conv2: weight [M, M, 3, 3], and its fp32 scale and shift [M].
+        conv3: weight [K, M, 1, 1], scale and shift [K].
+        projection: weight [K, C, 1, 1], scale and shift [K]; its stride is ``stride``.
+        following: weight [NEXT, K, 1, 1], scale and shift [NEXT].
+        stride: of the 3x3.
+        store: what is kept of the block's output: ``all`` of it, its ``even`` rows and columns
+            (which is all that a following projection of stride 2 reads), or the mean over its
+            pixels, ``pool`` (nothing may follow then).
+
+    Returns:
+        ``out`` [N, K, OH, OW], or [N, K, ceil(OH / 2), ceil(OW / 2)], or [N, K, 1, 1]; and
+        ``mid_next`` [N, NEXT, OH, OW], with NEXT 0 if nothing follows.
+
+    Raises:
+        ValueError: shapes, devices or parameters do not fit together.
+        TypeError: a dtype is not supported or differs from mid's.
+        RuntimeError: an argument requires a gradient, and gradients are on.
+
+    Example:
+        >>> def conv(k, c, r):
+        ...     return torch.randn(k, c, r, r), torch.ones(k), torch.zeros(k)
+        >>> mid, x = torch.randn(1, 64, 8, 8), torch.randn(1, 256, 8, 8)
+        >>> out, mid_next = bottleneck_chain(
+        ...     mid, x, conv(64, 64, 3), conv(256, 64, 1), following=conv(64, 256, 1)
+        ... )
+        >>> out.shape, mid_next.shape
+        (torch.Size([1, 256, 8, 8]), torch.Size([1, 64, 8, 8]))
+    """
+    absent = (None, None, None)
+    projected, next_ = projection or absent, following or absent
+    out, mid_next = _chain_op_overload(
+        mid, residual, *conv2, *conv3, *projected, *next_, stride, store
+    )
+    return out, mid_next

@@ -16,7 +16,15 @@ from fused_resnet import _build
 from fused_resnet.version import __version__
 
 #: Packages whose versions can change a result or a speed, by distribution name.
-_PACKAGES = ("torchvision", "triton", "timm", "scikit-image", "onnxruntime", "openvino")
+_PACKAGES = (
+    "torchvision",
+    "triton",
+    "nvidia-cudnn-frontend",
+    "timm",
+    "scikit-image",
+    "onnxruntime",
+    "openvino",
+)
 
 
 @dataclass(frozen=True)

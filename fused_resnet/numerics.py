@@ -9,12 +9,14 @@ farther off, as the order of a long sum decides).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_resnet.problem import ConvProblem
+from fused_resnet.problem import ChainProblem, ConvProblem
 
 #: What the order of an fp32 sum may do to a single element, relative to the largest: sums of some
 #: thousand products differ by this much between kernels, stock torch's own for one batch size and
@@ -155,3 +157,43 @@ def stock_conv(
         pool = problem.pool
         z = torch.max_pool2d(z, pool.kernel, pool.stride, pool.padding)
     return z
+
+
+def compose_chain(
+    problem: ChainProblem, args: tuple[Any, ...], conv: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The op ``bottleneck_chain`` as one fused convolution after another.
+
+    Args:
+        problem: what is computed.
+        args: the op's tensors, in its order.
+        conv: computes a `ConvProblem` from x, weight, scale, shift and residual.
+
+    Returns:
+        ``out`` and ``mid_next``; the latter without elements where there is no next block.
+    """
+    mid, residual, w2, scale2, shift2, w3, scale3, shift3, *rest = args
+    convs = problem.convolutions
+    mid2 = conv(convs["2"], mid, w2, scale2, shift2, None)
+    if problem.proj:
+        residual = conv(convs["proj"], residual, *rest[:3], None)
+    whole = conv(convs["3"], mid2, w3, scale3, shift3, residual)
+    if problem.next:
+        mid_next = conv(convs["next"], whole, *rest[3:], None)
+    else:
+        mid_next = whole.new_empty(problem.next_shape)
+    if problem.store == "even":
+        whole = whole[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
+    elif problem.store == "pool":
+        whole = whole.mean((2, 3), keepdim=True)
+    return whole, mid_next
+
+
+def reference_chain(problem: ChainProblem, *args: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The op ``bottleneck_chain`` in float64."""
+    return compose_chain(problem, args, reference_conv)
+
+
+def stock_chain(problem: ChainProblem, *args: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same op as stock torch computes it, each step rounding."""
+    return compose_chain(problem, args, stock_conv)

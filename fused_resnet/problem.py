@@ -157,4 +157,114 @@ class AddReluProblem:
         return f"add_relu {shape} {str(self.dtype).removeprefix('torch.')}"
 
 
-Problem = ConvProblem | AddReluProblem
+#: What a chained bottleneck leaves of its output: all pixels, those of even row and column, or
+#: their mean.
+STORES = ("all", "even", "pool")
+
+
+@dataclass(frozen=True)
+class ChainProblem:
+    """A bottleneck from its 3x3 convolution on, and the first 1x1 of the next one.
+
+        mid [n, m, h, w] --3x3, stride--> ReLU --1x1--> + residual, ReLU = out --1x1--> ReLU
+
+    The 3x3 has padding 1; ``k`` are the channels of out, ``next`` those after the last 1x1 (0:
+    there is none). ``proj`` > 0 are the channels of the block's input, whose 1x1 projection is the
+    residual: it is read every ``step`` pixels, where ``step`` is the stride, or 1 if what is given
+    has been thinned out already. ``store`` is one of `STORES`. All scales and shifts are fp32
+    (float64 when the dtype is float64).
+    """
+
+    n: int
+    m: int
+    h: int
+    w: int
+    k: int
+    next: int
+    proj: int
+    stride: int
+    step: int
+    store: str
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width after the 3x3."""
+        return (self.h - 1) // self.stride + 1, (self.w - 1) // self.stride + 1
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        """Shape of what is left of the block's output."""
+        oh, ow = self.size
+        if self.store == "pool":
+            return self.n, self.k, 1, 1
+        if self.store == "even":
+            return self.n, self.k, (oh + 1) // 2, (ow + 1) // 2
+        return self.n, self.k, oh, ow
+
+    @property
+    def next_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the next block's first activation; of no elements where there is none."""
+        return self.n, self.next, *self.size
+
+    @property
+    def residual_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the residual, or of the smallest projection input (larger by up to step - 1)."""
+        oh, ow = self.size
+        if not self.proj:
+            return self.n, self.k, oh, ow
+        return self.n, self.proj, (oh - 1) * self.step + 1, (ow - 1) * self.step + 1
+
+    @property
+    def convolutions(self) -> dict[str, ConvProblem]:
+        """The convolutions it is made of: ``2``, ``3``, and ``proj`` and ``next`` if there are."""
+        oh, ow = self.size
+        _, _, rh, rw = self.residual_shape
+
+        def conv(c: int, h: int, w: int, k: int, r: int, stride: int, epilogue: str) -> ConvProblem:
+            geometry = (stride, stride), (r // 2, r // 2), (1, 1), 1
+            return ConvProblem(self.n, c, h, w, k, r, r, *geometry, epilogue, self.dtype)
+
+        found = {
+            "2": conv(self.m, self.h, self.w, self.m, 3, self.stride, "relu"),
+            "3": conv(self.m, oh, ow, self.k, 1, 1, "add_relu"),
+        }
+        if self.proj:
+            found["proj"] = conv(self.proj, rh, rw, self.k, 1, self.step, "none")
+        if self.next:
+            found["next"] = conv(self.k, oh, ow, self.next, 1, 1, "relu")
+        return found
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of the convolutions (a multiply-add is two)."""
+        per_pixel = 9 * self.m * self.m + self.m * self.k + self.k * (self.next + self.proj)
+        return 2 * self.n * math.prod(self.size) * per_pixel
+
+    @property
+    def min_bytes(self) -> int:
+        """Bytes through memory at least: every operand and every result once.
+
+        Of a projection's input only the pixels that are sampled.
+        """
+        pixels = self.n * math.prod(self.size)
+        activations = self.n * self.m * self.h * self.w + pixels * (self.proj or self.k)
+        activations += math.prod(self.out_shape) + math.prod(self.next_shape)
+        weights = 9 * self.m * self.m + self.k * (self.m + self.proj + self.next)
+        vectors = 8 * (self.m + self.k + self.next + (self.k if self.proj else 0))
+        return self.dtype.itemsize * (activations + weights) + vectors
+
+    def __str__(self) -> str:
+        """A short line: ``chain 64->256->64 32x56x56 float16``."""
+        parts = [f"chain {self.m}->{self.k}" + (f"->{self.next}" if self.next else "")]
+        if self.proj:
+            parts.append(f"project {self.proj}" + (f"/{self.step}" if self.step > 1 else ""))
+        if self.stride > 1:
+            parts.append(f"stride {self.stride}")
+        parts += [f"{self.n}x{self.h}x{self.w}", str(self.dtype).removeprefix("torch.")]
+        if self.store != "all":
+            parts.append(self.store)
+        return " ".join(parts)
+
+
+Problem = ConvProblem | AddReluProblem | ChainProblem

@@ -15,11 +15,12 @@ import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import cpu, cuda, library, torch_, triton_
+from fused_resnet.backends import cpu, cuda, cudnn, library, torch_, triton_
 from fused_resnet.backends.kernel import Kernel, PackedKernel
 from fused_resnet.backends.verify import is_out_of_memory, verify
 from fused_resnet.problem import AddReluProblem, Problem
@@ -27,7 +28,7 @@ from fused_resnet.problem import AddReluProblem, Problem
 #: Every kernel, those of the backend that heuristics prefer first. ``torch`` is last: it can do
 #: all.
 KERNELS: tuple[Kernel, ...] = (
-    cpu.KERNELS + library.KERNELS + triton_.KERNELS + cuda.KERNELS + torch_.KERNELS
+    cpu.KERNELS + library.KERNELS + triton_.KERNELS + cuda.KERNELS + cudnn.KERNELS + torch_.KERNELS
 )
 
 #: Backends by name, in heuristic order.
@@ -208,7 +209,7 @@ def verdict(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | N
     return _verdicts[key]
 
 
-def run(choice: Choice, *args: Tensor | None) -> Tensor:
+def run(choice: Choice, *args: Tensor | None) -> Any:
     """Run a choice; if its kernel raises, say so once and run the next one.
 
     Out-of-memory errors are the caller's to handle and pass through.

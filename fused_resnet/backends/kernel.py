@@ -23,12 +23,14 @@ class Kernel(ABC):
     returns its result, dense in channels_last order, and never synchronises with the device. For
     ``conv_affine_act`` and ``conv_affine_relu_maxpool`` its arguments are ``(problem, x, weight,
     scale, shift, residual)``; for ``add_relu`` they are ``(problem, a, b)``, and with
-    ``problem.inplace`` the result is written to, and is, ``a``.
+    ``problem.inplace`` the result is written to, and is, ``a``. For ``bottleneck_chain`` they are
+    the op's tensors, and two tensors are returned.
     """
 
     #: Backend the kernel belongs to, as users name it: ``torch``, ``library``, ``triton`` ...
     backend: ClassVar[str]
-    #: The op it computes: ``conv_affine_act``, ``conv_affine_relu_maxpool`` or ``add_relu``.
+    #: The op it computes: ``conv_affine_act``, ``conv_affine_relu_maxpool``, ``add_relu`` or
+    #: ``bottleneck_chain``.
     op: ClassVar[str]
     #: Name within the backend, as tables print it.
     name: ClassVar[str]
@@ -41,9 +43,17 @@ class Kernel(ABC):
         """Whether this kernel is expected to be quick here; the untuned choice tries it first."""
         return True
 
+    def variants(self, problem: Any, device: torch.device) -> tuple[Kernel, ...]:
+        """The configurations of this kernel that are worth timing, most promising first.
+
+        Each is a kernel by itself, the same object whenever asked for, whose name says the
+        configuration. By default there is but one: the kernel as it is.
+        """
+        return (self,)
+
     @abstractmethod
-    def run(self, problem: Any, *args: Any) -> Tensor:
-        """Compute the op; see the class for the arguments."""
+    def run(self, problem: Any, *args: Any) -> Any:
+        """Compute the op; see the class for the arguments and the result."""
 
     @property
     def full_name(self) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fused_resnet.backends.kernel import Kernel
 from fused_resnet.freshness import capturing
-from fused_resnet.problem import AddReluProblem, ConvProblem
+from fused_resnet.numerics import compose_chain
+from fused_resnet.problem import AddReluProblem, ChainProblem, ConvProblem
 
 
 def _unit_statistics(k: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -108,4 +109,19 @@ class AtenAddRelu(Kernel):
         return (a.add_(b) if problem.inplace else torch.add(a, b)).relu_()
 
 
-KERNELS: tuple[Kernel, ...] = (AtenConv(), AtenStem(), AtenAddRelu())
+class AtenChain(Kernel):
+    """The convolutions of a bottleneck one by one, each as `AtenConv` computes it."""
+
+    backend, op, name = "torch", "bottleneck_chain", "aten"
+    _conv = AtenConv()
+
+    def supports(self, problem: ChainProblem, device: torch.device) -> str | None:
+        """Everything is supported."""
+        return None
+
+    def run(self, problem: ChainProblem, *args: Any) -> tuple[Tensor, Tensor]:
+        """See `Kernel`."""
+        return compose_chain(problem, args, self._conv.run)
+
+
+KERNELS: tuple[Kernel, ...] = (AtenConv(), AtenStem(), AtenAddRelu(), AtenChain())

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends.kernel import Kernel
-from fused_resnet.numerics import error, reference_conv, stock_conv
+from fused_resnet.numerics import (
+    error,
+    reference_chain,
+    reference_conv,
+    stock_chain,
+    stock_conv,
+)
 from fused_resnet.problem import (
     EPILOGUES,
     RESIDUAL_EPILOGUES,
     AddReluProblem,
+    ChainProblem,
     ConvProblem,
     MaxPool,
     Problem,
@@ -30,14 +37,15 @@ def verify(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | No
         for problem in _problems(kernel.op, dtype):
             if kernel.supports(problem, device) is not None:
                 continue
-            try:
-                reason = _check(kernel, problem, device)
-            except Exception as e:
-                if is_out_of_memory(e):
-                    raise
-                return f"on {problem} it raised {type(e).__name__}: {e}"
-            if reason is not None:
-                return reason
+            for infinite in (False, True):
+                try:
+                    reason = _check(kernel, problem, device, infinite)
+                except Exception as e:
+                    if is_out_of_memory(e):
+                        raise
+                    return f"on {problem} it raised {type(e).__name__}: {e}"
+                if reason is not None:
+                    return reason + (" (with NaN and infinities in its input)" if infinite else "")
     return None
 
 
@@ -51,6 +59,16 @@ def _problems(op: str, dtype: torch.dtype) -> Iterator[Problem]:
     if op == "add_relu":
         for inplace in (False, True):
             yield AddReluProblem((2, 16, 5, 7), dtype, inplace, True)
+    elif op == "bottleneck_chain":
+        for m, following, proj, stride, store in (
+            (64, 64, 0, 1, "all"),
+            (64, 128, 64, 1, "even"),
+            (128, 128, 256, 2, "all"),
+            (256, 0, 0, 1, "pool"),
+        ):
+            yield ChainProblem(
+                2, m, 9, 7, 4 * m, following, proj, stride, stride if proj else 1, store, dtype
+            )
     elif op == "conv_affine_relu_maxpool":
         pool = MaxPool((3, 3), (2, 2), (1, 1))
         yield ConvProblem(
@@ -80,7 +98,7 @@ def _problems(op: str, dtype: torch.dtype) -> Iterator[Problem]:
             )
 
 
-def _check(kernel: Kernel, problem: Problem, device: torch.device) -> str | None:
+def _check(kernel: Kernel, problem: Problem, device: torch.device, infinite: bool) -> str | None:
     # Drawn on the CPU from a generator of its own: the same everywhere, and no user's seed moves.
     generator = torch.Generator("cpu").manual_seed(0)
 
@@ -90,28 +108,53 @@ def _check(kernel: Kernel, problem: Problem, device: torch.device) -> str | None
         return drawn.to(device, dtype)
 
     def image(shape: tuple[int, ...]) -> Tensor:
-        return draw(*shape).contiguous(memory_format=torch.channels_last)
+        drawn = draw(*shape).contiguous(memory_format=torch.channels_last)
+        if infinite:
+            drawn[0, 0, 0, 0] = float("nan")
+            drawn[-1, -1, -1, -1] = float("inf")
+            drawn[0, -1, 2, 3] = float("-inf")
+        return drawn
 
-    if isinstance(problem, AddReluProblem):
-        a, b = image(problem.shape), image(problem.shape)
-        reference, stock = torch.relu(a.double() + b.double()), torch.relu(a + b)
-        result = kernel.run(problem, a, b)
-    else:
-        p = problem
-        vectors = torch.float64 if p.dtype == torch.float64 else torch.float32
-        fan_in = p.c // p.groups * p.r * p.s
+    def conv(k: int, c: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
+        weight = draw(k, c, r, r) / (c * r * r) ** 0.5
+        return weight, draw(k, dtype=vectors) + 1.0, draw(k, dtype=vectors)
+
+    p = problem
+    vectors = torch.float64 if p.dtype == torch.float64 else torch.float32
+    args: tuple[Tensor | None, ...]
+    # Each as a tuple of results.
+    reference: tuple[Tensor, ...]
+    stock: tuple[Tensor, ...]
+    if isinstance(p, AddReluProblem):
+        args = a, b = image(p.shape), image(p.shape)
+        reference, stock = (torch.relu(a.double() + b.double()),), (torch.relu(a + b),)
+    elif isinstance(p, ChainProblem):
         args = (
+            image((p.n, p.m, p.h, p.w)),
+            image((p.n, p.proj, p.h, p.w) if p.step > 1 else p.residual_shape),
+            *conv(p.m, p.m, 3),
+            *conv(p.k, p.m, 1),
+            *(conv(p.k, p.proj, 1) if p.proj else (None,) * 3),
+            *(conv(p.next, p.k, 1) if p.next else (None,) * 3),
+        )
+        reference, stock = reference_chain(p, *args), stock_chain(p, *args)
+    else:
+        operands = (
             image((p.n, p.c, p.h, p.w)),
-            draw(p.k, p.c // p.groups, p.r, p.s) / fan_in**0.5,
+            draw(p.k, p.c // p.groups, p.r, p.s) / (p.c // p.groups * p.r * p.s) ** 0.5,
             draw(p.k, dtype=vectors) + 1.0,
             draw(p.k, dtype=vectors),
-            image(p.out_shape) if p.epilogue in RESIDUAL_EPILOGUES else None,
         )
-        reference, stock = reference_conv(p, *args), stock_conv(p, *args)
-        result = kernel.run(p, *args)
-    if result.shape != reference.shape or result.dtype != problem.dtype:
-        return f"on {problem} it returned {tuple(result.shape)} {result.dtype}"
-    found, allowed = error(result, reference), error(stock, reference)
-    if not found.within(allowed, problem.dtype):
-        return f"on {problem} its error is {found}, stock torch's is {allowed}"
+        residual = image(p.out_shape) if p.epilogue in RESIDUAL_EPILOGUES else None
+        args = *operands, residual
+        reference = (reference_conv(p, *operands, residual),)
+        stock = (stock_conv(p, *operands, residual),)
+    result = kernel.run(p, *args)
+    results = (result,) if isinstance(result, Tensor) else result
+    for actual, right, usual in zip(results, reference, stock, strict=True):
+        if actual.shape != right.shape or actual.dtype != p.dtype:
+            return f"on {p} it returned {tuple(actual.shape)} {actual.dtype}"
+        found, allowed = error(actual, right), error(usual, right)
+        if not found.within(allowed, p.dtype):
+            return f"on {p} its error is {found}, stock torch's is {allowed}"
     return None

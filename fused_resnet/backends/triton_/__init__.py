@@ -4,6 +4,7 @@
     plans      problem -> launches, pure       config    tile shapes and the choice among them
     launch     compile and bind a launch       layout    activations and weights in memory
     gemm conv stem reduce images epilogue      the device code
+    chain chain_plan chain_kernel              bottlenecks chained into one kernel
     features   images and pooled features      certify   what certificates cover
     im2col     never executed, and not used
 

@@ -16,8 +16,10 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 
 from fused_resnet.certify import LABEL, Certificate, MainLoop, Work, certify_triton
-from fused_resnet.problem import AddReluProblem, ConvProblem, MaxPool
+from fused_resnet.problem import AddReluProblem, ChainProblem, ConvProblem, MaxPool
 
+from .chain import chain_kernel
+from .chain_plan import Offer, chain_launch, offers
 from .config import ARCHS, MIN_SHARE, Arch, Config, heuristic, stem_pool_tile
 from .launch import Launch, compile_for
 from .plans import add_relu_launch, conv_launches, mean_launch, pad_launch, stem_pool_launch
@@ -28,11 +30,12 @@ from .reduce import reduce_kernel
 class Case:
     """One launch of one problem on one GPU; ``config`` is None where there is nothing to choose."""
 
-    problem: ConvProblem | AddReluProblem | str
+    problem: ConvProblem | AddReluProblem | ChainProblem | str
     arch: Arch
     launch: Launch
     config: Config | None = None
     precision: str = "tf32"
+    offer: Offer | None = None
 
 
 def resnet_problems(depth: int, n: int, dtype: torch.dtype, size: int = 224) -> list[ConvProblem]:
@@ -126,6 +129,40 @@ def cases(
     return list(distinct.values())
 
 
+def chain_problems(offer: Offer, n: int, dtype: torch.dtype) -> list[ChainProblem]:
+    """The blocks of ResNet-50 that an offer serves, and the widest block that it may be given."""
+    m, size = offer.m, 3584 // offer.m
+
+    def block(following: int, proj: int, store: str) -> ChainProblem:
+        stride = 2 if proj > m else 1
+        hw = size * stride
+        step = stride if proj else 1
+        return ChainProblem(n, m, hw, hw, 4 * m, following, proj, stride, step, store, dtype)
+
+    found = [block(min(m, offer.next), 0, "all"), block(min(2 * m, offer.next), 0, "even")]
+    if offer.proj:
+        found.append(block(min(m, offer.next), offer.proj, "all"))
+    found.append(block(offer.next, offer.proj, "even"))
+    found.append(block(0, 0, "pool"))
+    return list(dict.fromkeys(found))
+
+
+def chain_cases(
+    archs: Iterable[Arch] = ARCHS,
+    dtypes: Iterable[torch.dtype] = (torch.float16, torch.bfloat16),
+    n: int = 32,
+) -> list[Case]:
+    """Every offer for chained bottlenecks with every block that it serves."""
+    dtypes = tuple(dtypes)
+    return [
+        Case(problem, arch, chain_launch(problem, offer.tile), offer=offer)
+        for arch in archs
+        for dtype in dtypes
+        for offer in offers(arch)
+        for problem in chain_problems(offer, n, dtype)
+    ]
+
+
 def compile_case(case: Case) -> Any:
     """The compiled kernel of a case: a ``triton.compiler.CompiledKernel``; needs no GPU."""
     return compile_for(case.launch, GPUTarget("cuda", case.arch.capability, 32))
@@ -141,6 +178,8 @@ def complaints(case: Case, certificate: Certificate) -> list[str]:
         found.append("it uses local memory")
     if not certificate.fits:
         found.append(f"a block does not fit: {certificate.shared} bytes of shared memory")
+    if case.launch.kernel is chain_kernel:
+        return found + _chain_complaints(case, certificate)
     if not isinstance(case.problem, ConvProblem) or case.launch.kernel is reduce_kernel:
         return found
     found += [
@@ -168,6 +207,31 @@ def complaints(case: Case, certificate: Certificate) -> list[str]:
             found.append(f"predicted share {share} of the tensor rate, not {promised}")
     if tile is not None and certificate.occupancy.blocks < tile.resident:
         found.append(f"{certificate.occupancy.blocks} blocks per SM, not {tile.resident}")
+    return found
+
+
+def _chain_complaints(case: Case, certificate: Certificate) -> list[str]:
+    assert isinstance(case.problem, ChainProblem)
+    assert case.offer is not None
+    found = []
+    kind = {"mma": "mma.sync", "wgmma": "wgmma", "tcgen05": "tcgen05"}[case.arch.family]
+    if certificate.tensor_kind != kind:
+        found.append(f"it multiplies by {certificate.tensor_kind}, not {kind}")
+    # Sums of a pooled output are fp32 vectors, one element a thread.
+    stored = certificate.widths("STG")
+    if case.problem.store != "pool" and any(width != 16 for width in stored):
+        found.append(f"STG moves {stored} bytes a thread")
+    if 16 not in certificate.widths("LDGSTS"):
+        found.append("pixels are not copied asynchronously, 16 bytes a thread")
+    if dict(case.launch.constants)["TMA"] and "UTMALDG" not in certificate.async_copies:
+        found.append("weights do not come through tensor descriptors")
+    if certificate.loop is None or certificate.loop.divisions:
+        found.append("no main loop, or one that divides")
+    resident = case.offer.resident(case.arch)
+    if certificate.occupancy.blocks < resident:
+        found.append(f"{certificate.occupancy.blocks} blocks per SM, not {resident}")
+    if certificate.shared > 1024 * case.offer.shared:
+        found.append(f"{certificate.shared} bytes of shared memory, not {case.offer.shared} KiB")
     return found
 
 
@@ -211,7 +275,7 @@ def certify_case(case: Case) -> Certificate:
     problem = case.problem
     work = None
     if not isinstance(problem, str) and case.launch.kernel is not reduce_kernel:
-        flops = problem.flops if isinstance(problem, ConvProblem) else 0
+        flops = 0 if isinstance(problem, AddReluProblem) else problem.flops
         kinds = {torch.float32: "fp32" if case.precision == "ieee" else "tf32"}
         work = Work(flops, problem.min_bytes, kinds.get(problem.dtype, "f16"))
     warps = dict(case.launch.options)["num_warps"]
@@ -236,7 +300,7 @@ def name_of(case: Case) -> str:
     return " | ".join(part for part in parts if part)
 
 
-_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK")
+_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK")
 
 
 def summary(certificates: Mapping[str, Certificate]) -> Table:

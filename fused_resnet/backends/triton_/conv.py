@@ -28,7 +28,7 @@ def any_nonfinite(acc):
 
 
 @triton.jit
-def _accumulate(
+def accumulate(
     x_ptrs,
     w,
     col0,
@@ -179,7 +179,7 @@ def conv_kernel(
         # A bound that the compiler cannot see keeps the loops rolled: there are two.
         last = tl.minimum(last, n * STEPS).to(tl.int32)
     zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = _accumulate(
+    acc = accumulate(
         x_ptrs, w, col0, cols, valid, w_in, first, last, 0, C, zeros,
         CT, C, S, DIL_H, DIL_W, W_TMA, R * S * C, C % BLOCK_K != 0, None, PRECISION,
     )  # fmt: skip
@@ -188,7 +188,7 @@ def conv_kernel(
             ONE_C: tl.constexpr = C // MERGED
             ONE_K: tl.constexpr = K // MERGED
             for one in range(MERGED):
-                alone = _accumulate(
+                alone = accumulate(
                     x_ptrs, w, col0, cols, valid, w_in, first, last, one * ONE_C,
                     one * ONE_C + ONE_C, zeros,
                     CT, C, S, DIL_H, DIL_W, W_TMA, R * S * C, True, 1, PRECISION,

@@ -13,6 +13,7 @@ from torch import Tensor
 from fused_resnet.backends.kernel import Kernel, PackedKernel
 from fused_resnet.problem import AddReluProblem, ConvProblem, MaxPool
 
+from .chain_kernel import TritonChain
 from .config import Arch, heuristic, padded_channels, stem_pool_tile
 from .device import arch_of, on_device, precision_of, refusal
 from .launch import bind
@@ -191,4 +192,4 @@ def _add_relu_start(
 
 
 #: Every kernel of this backend.
-KERNELS: tuple[Kernel, ...] = (TritonConv(), TritonStemPool(), TritonAddRelu())
+KERNELS: tuple[Kernel, ...] = (TritonConv(), TritonStemPool(), TritonAddRelu(), TritonChain())
