@@ -306,7 +306,8 @@ def chain_traffic(case: ChainCase) -> dict[str, Any]:
     buffers = report.buffers
     activations = [buffers[name] for name in ("mid1", "residual", "out", "mid_next")]
     moved = sum(b.unique_bytes_read + b.unique_bytes_written for b in activations)
-    asked = sum(b.bytes_read + b.bytes_written for b in (*activations, buffers["weights"]))
+    weights = [buffers[name] for name in ("weight2", "weight3", "weight1")]
+    asked = sum(b.bytes_read + b.bytes_written for b in (*activations, *weights))
     kinds = ("ldmatrix", "cp_async")
     return {
         "kernel": report.kernel,

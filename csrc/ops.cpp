@@ -289,12 +289,12 @@ at::Tensor cuda_stem(const at::Tensor& x, const at::Tensor& weight, const at::Te
   return y;
 }
 
-// (out, mid_next); mid_next has no channels where scale1 is not given.
+// (out, mid_next); mid_next has no channels where weight1 is not given.
 std::tuple<at::Tensor, at::Tensor> cuda_bottleneck_chain(
-    const at::Tensor& mid1, const at::Tensor& residual, const at::Tensor& weights,
-    const at::Tensor& scale2, const at::Tensor& shift2, const at::Tensor& scale3,
-    const at::Tensor& shift3, const std::optional<at::Tensor>& scale1,
-    const std::optional<at::Tensor>& shift1) {
+    const at::Tensor& mid1, const at::Tensor& residual, const at::Tensor& weight2,
+    const at::Tensor& scale2, const at::Tensor& shift2, const at::Tensor& weight3,
+    const at::Tensor& scale3, const at::Tensor& shift3, const std::optional<at::Tensor>& weight1,
+    const std::optional<at::Tensor>& scale1, const std::optional<at::Tensor>& shift1) {
   constexpr const char* kOp = "cuda_bottleneck_chain";
   constexpr auto kNhwc = at::MemoryFormat::ChannelsLast;
   const auto aligned = [](const at::Tensor& t) {
@@ -313,25 +313,17 @@ std::tuple<at::Tensor, at::Tensor> cuda_bottleneck_chain(
           aligned(residual),
       kOp, ": expected a residual of 4 times the channels of mid1, aligned and dense, found ",
       residual.sizes());
-  const bool has_next = scale1.has_value() && shift1.has_value();
-  check_on_device(weights, mid1, kOp, "weights");
-  TORCH_CHECK_VALUE(weights.numel() == (has_next ? 17 : 13) * mid * mid &&
-                        weights.is_contiguous() && aligned(weights) &&
-                        weights.scalar_type() == mid1.scalar_type(),
-                    kOp, ": the packed weights do not fit");
-  check_affine(scale2, mid1, mid, kOp, "scale2");
-  check_affine(shift2, mid1, mid, kOp, "shift2");
-  check_affine(scale3, mid1, 4 * mid, kOp, "scale3");
-  check_affine(shift3, mid1, 4 * mid, kOp, "shift3");
   TORCH_CHECK_VALUE(pixels < (int64_t{1} << 30), kOp, ": ", pixels, " pixels are too many");
-
-  const c10::cuda::CUDAGuard guard(mid1.device());
-  const at::Tensor out = at::empty(residual.sizes(), residual.options(), kNhwc);
-  const at::Tensor mid_next = at::empty(
-      {mid1.size(0), has_next ? mid : 0, mid1.size(2), mid1.size(3)}, mid1.options(), kNhwc);
-  if (pixels == 0) return {out, mid_next};
-  const auto floats = [&](const at::Tensor& t) {
-    TORCH_CHECK_VALUE(aligned(t), kOp, ": a scale or shift is not aligned to 16 bytes");
+  const auto packed = [&](const at::Tensor& t, int64_t taps, const char* name) {
+    check_on_device(t, mid1, kOp, name);
+    TORCH_CHECK_VALUE(t.numel() == taps * mid * mid && t.is_contiguous() && aligned(t) &&
+                          t.scalar_type() == mid1.scalar_type(),
+                      kOp, ": ", name, " is not the packed weight of these channels");
+    return t.const_data_ptr();
+  };
+  const auto floats = [&](const at::Tensor& t, int64_t channels, const char* name) {
+    check_affine(t, mid1, channels, kOp, name);
+    TORCH_CHECK_VALUE(aligned(t), kOp, ": ", name, " is not aligned to 16 bytes");
     return static_cast<const float*>(t.const_data_ptr());
   };
   ChainArgs args = {};
@@ -340,20 +332,29 @@ std::tuple<at::Tensor, at::Tensor> cuda_bottleneck_chain(
   args.w = index32(mid1.size(3), "W");
   args.mid = static_cast<int32_t>(mid);
   args.mid1 = mid1.const_data_ptr();
-  args.weights = weights.const_data_ptr();
-  args.scale2 = floats(scale2);
-  args.shift2 = floats(shift2);
-  args.scale3 = floats(scale3);
-  args.shift3 = floats(shift3);
+  args.weight2 = packed(weight2, 9, "weight2");
+  args.weight3 = packed(weight3, 4, "weight3");
+  args.scale2 = floats(scale2, mid, "scale2");
+  args.shift2 = floats(shift2, mid, "shift2");
+  args.scale3 = floats(scale3, 4 * mid, "scale3");
+  args.shift3 = floats(shift3, 4 * mid, "shift3");
   args.residual = residual.const_data_ptr();
-  args.out = out.mutable_data_ptr();
+  const bool has_next = weight1.has_value();
+  TORCH_CHECK_VALUE(scale1.has_value() == has_next && shift1.has_value() == has_next, kOp,
+                    ": weight1, scale1 and shift1 go together");
   if (has_next) {
-    check_affine(*scale1, mid1, mid, kOp, "scale1");
-    check_affine(*shift1, mid1, mid, kOp, "shift1");
-    args.scale1 = floats(*scale1);
-    args.shift1 = floats(*shift1);
-    args.mid_next = mid_next.mutable_data_ptr();
+    args.weight1 = packed(*weight1, 4, "weight1");
+    args.scale1 = floats(*scale1, mid, "scale1");
+    args.shift1 = floats(*shift1, mid, "shift1");
   }
+
+  const c10::cuda::CUDAGuard guard(mid1.device());
+  const at::Tensor out = at::empty(residual.sizes(), residual.options(), kNhwc);
+  const at::Tensor mid_next =
+      at::empty({args.n, has_next ? mid : 0, args.h, args.w}, mid1.options(), kNhwc);
+  if (pixels == 0) return {out, mid_next};
+  args.out = out.mutable_data_ptr();
+  if (has_next) args.mid_next = mid_next.mutable_data_ptr();
   cuda::bottleneck_chain(
       args,
       mid1.scalar_type() == at::kHalf ? cuda::Arithmetic::kFloat16 : cuda::Arithmetic::kBFloat16,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import cuda
-from fused_resnet.backends.cuda_chain import pack_chain
+from fused_resnet.backends.cuda_chain import pack_expand, pack_reduce, pack_taps
 from fused_resnet.backends.cuda_schedule import ConvSchedule, gathers_wide
 from fused_resnet.problem import EPILOGUES, ConvProblem, conv_out_size
 from tests.emulator import Buffer, Output, Report
@@ -348,7 +348,18 @@ class ChainArgs(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                *("mid1", "weights", "scale2", "shift2", "scale3", "shift3", "scale1", "shift1"),
+                *(
+                    "mid1",
+                    "weight2",
+                    "weight3",
+                    "weight1",
+                    "scale2",
+                    "shift2",
+                    "scale3",
+                    "shift3",
+                    "scale1",
+                    "shift1",
+                ),
                 *("residual", "out", "mid_next"),
             )
         ),
@@ -374,13 +385,15 @@ def bottleneck_chain(
     n, mid, h, w = mid1.shape
     tensors = {
         "mid1": nhwc(mid1),
-        "weights": pack_chain(weight2, weight3, weight1),
+        "weight2": pack_taps(weight2),
+        "weight3": pack_expand(weight3),
         **dict(zip(("scale2", "shift2", "scale3", "shift3"), (*affine2, *affine3), strict=True)),
         "residual": nhwc(residual),
         "out": torch.empty(n, h, w, 4 * mid, dtype=mid1.dtype),
     }
     results = ["out"]
-    if affine1 is not None:
+    if weight1 is not None and affine1 is not None:
+        tensors["weight1"] = pack_reduce(weight1)
         tensors |= {"scale1": affine1[0], "shift1": affine1[1]}
         tensors["mid_next"] = torch.empty(n, h, w, mid, dtype=mid1.dtype)
         results.append("mid_next")

@@ -57,9 +57,10 @@ template <class Tile>
 class ChainStream {
  public:
   // `tiles` of pixels will be computed.
-  __device__ __forceinline__ ChainStream(const void* weights, char* buffers, int tiles)
-      : weights_(static_cast<const char*>(weights)),
-        source_(weights_),
+  __device__ __forceinline__ ChainStream(const ChainArgs& args, char* buffers, int tiles)
+      : weight2_(static_cast<const char*>(args.weight2)),
+        weight3_(static_cast<const char*>(args.weight3)),
+        weight1_(static_cast<const char*>(args.weight1)),
         buffers_(buffers),
         write_(buffers),
         read_(buffers),
@@ -68,15 +69,15 @@ class ChainStream {
   // Starts the copy of the next tile of weights, if there is one, and closes a group of copies.
   __device__ __forceinline__ void copy() {
     if (left_ > 0) {
-      const int bytes = step_ < Tile::kTapSteps ? Tile::kTapBytes : Tile::kChunkBytes;
-      const int thread = threadIdx.x * kVectorBytes;
-#pragma unroll
-      for (int i = 0; i < Tile::kStageBytes; i += Tile::kThreads * kVectorBytes) {
-        if (i < bytes) cp_async<kVectorBytes>(write_ + i + thread, source_ + i + thread, true);
-      }
-      const bool last = ++step_ == Tile::kSteps;
-      step_ = last ? 0 : step_;
-      source_ = last ? weights_ : source_ + bytes;
+      const bool taps = step_ < Tile::kTapSteps;
+      const int chunk = step_ - Tile::kTapSteps;
+      const char* const first =
+          taps ? weight2_ + step_ * Tile::kTapBytes : weight3_ + chunk * Tile::kExpandBytes;
+      const char* const second =
+          taps ? first + Tile::kExpandBytes : weight1_ + chunk * Tile::kReduceBytes;
+      copy_half(write_, first);
+      if (taps || Tile::kNext > 0) copy_half(write_ + Tile::kExpandBytes, second);
+      step_ = step_ + 1 == Tile::kSteps ? 0 : step_ + 1;
       write_ = next(write_);
       --left_;
     }
@@ -97,8 +98,15 @@ class ChainStream {
     return buffer == buffers_ + Tile::kStages * Tile::kStageBytes ? buffers_ : buffer;
   }
 
-  const char* weights_;
-  const char* source_;
+  __device__ __forceinline__ void copy_half(char* target, const char* source) const {
+    const int thread = threadIdx.x * kVectorBytes;
+#pragma unroll
+    for (int i = 0; i < Tile::kExpandBytes; i += Tile::kThreads * kVectorBytes) {
+      cp_async<kVectorBytes>(target + i + thread, source + i + thread, true);
+    }
+  }
+
+  const char *weight2_, *weight3_, *weight1_;
   char* buffers_;
   char* write_;
   const char* read_;
@@ -180,7 +188,7 @@ __device__ __forceinline__ void chain_block(const ChainArgs& args, char* shared)
   const int first_tile = blockIdx.x;
   const int step = gridDim.x;
   char* const halo = shared;
-  ChainStream<Tile> stream(args.weights, shared + Tile::kHaloBytes,
+  ChainStream<Tile> stream(args, shared + Tile::kHaloBytes,
                            (args.tiles - first_tile + step - 1) / step);
   const T* const residual = static_cast<const T*>(args.residual);
   T* const out = static_cast<T*>(args.out);

@@ -23,23 +23,22 @@ struct ChainTile {
   static constexpr int kPlanes = kMid / 64;
   static constexpr int kPlaneBytes = kHaloPixels * 128;
   static constexpr int kHaloBytes = kPlanes * kPlaneBytes;
-  // The stream: for each tap and plane a tile of w2, [kMid][64]; then for each chunk of 32 channels
-  // of the result a tile of w3, [kPlanes][32][64], followed by one of w1, [kNext][32].
+  // The stream: for each tap and plane a tile of weight2, [kMid][64]; then for each chunk of 32
+  // channels of the result a tile of weight3, [kPlanes][32][64], and one of weight1, [kNext][32].
   static constexpr int kChunk = 32;
   static constexpr int kTapSteps = 9 * kPlanes, kChunks = kOut / kChunk;
   static constexpr int kSteps = kTapSteps + kChunks;
   static constexpr int kTapBytes = kMid * 128;
   static constexpr int kExpandBytes = kChunk * kMid * 2;
-  static constexpr int kChunkBytes = kExpandBytes + kNext * kChunk * 2;
-  static constexpr int kStageBytes = kTapBytes > kChunkBytes ? kTapBytes : kChunkBytes;
-  static constexpr int kStreamBytes = kTapSteps * kTapBytes + kChunks * kChunkBytes;
+  static constexpr int kReduceBytes = kNext * kChunk * 2;
+  static constexpr int kStageBytes = kTapBytes;
   // With a buffer for every tile the weights are read once and stay.
   static constexpr bool kResident = kStages == kSteps;
   static constexpr int kSharedBytes = kHaloBytes + kStages * kStageBytes;
 
-  static_assert(kMid % 64 == 0 && kNext % 32 == 0);
-  static_assert(kTapBytes % (16 * kThreads) == 0 && kChunkBytes % (16 * kThreads) == 0,
-                "every thread copies as many pieces of a tile");
+  static_assert(kMid % 64 == 0 && (kNext == 0 || kNext == kMid));
+  static_assert(2 * kExpandBytes == kTapBytes, "a stage is two copies of one size");
+  static_assert(kExpandBytes % (16 * kThreads) == 0, "every thread copies as many pieces");
   static_assert(kStages >= 3);
 };
 
@@ -55,14 +54,15 @@ struct ChainArgs {
   int32_t n, h, w;   // pixels of every tensor
   int32_t mid;       // channels of mid1
   const void* mid1;  // [N, H, W, mid]
-  // The stream of ChainTile, rows and columns in the order that bottleneck_chain.cuh says.
-  const void* weights;
+  // Tiles as in ChainTile's stream, channels in the order that bottleneck_chain.cuh says: of the
+  // 3x3, of the 1x1 after it and of the next block's 1x1.
+  const void *weight2, *weight3, *weight1;
   const float *scale2, *shift2;  // [mid]
   const float *scale3, *shift3;  // [4 mid]
-  const float *scale1, *shift1;  // [mid], of the next block
+  const float *scale1, *shift1;  // [mid]
   const void* residual;          // [N, H, W, 4 mid]
   void* out;                     // [N, H, W, 4 mid]
-  void* mid_next;                // [N, H, W, mid], or null
+  void* mid_next;                // [N, H, W, mid], or null as weight1, scale1 and shift1 are then
 
   // Derived by `derive`.
   int32_t tiles;  // of kTileH x kTileW pixels

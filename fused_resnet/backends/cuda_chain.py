@@ -1,14 +1,20 @@
-"""Weights of the CUDA chained bottleneck, packed as ``csrc/cuda/bottleneck_chain.cuh`` wants them.
+"""The chained bottleneck of backend ``cuda``, and the packing of its weights.
 
-The kernel takes the weights of its three convolutions as one stream of tiles, in the order of their
-use, each an image of shared memory: rows in the kernel's order of channels, 16-byte chunks swizzled
-against bank conflicts.
+The kernel takes each weight as a stream of tiles in the order of their use, each an image of shared
+memory: rows in the kernel's order of channels, 16-byte chunks swizzled against bank conflicts.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from fused_resnet import _build
+from fused_resnet.backends.cuda import aligned_nhwc, unavailable
+from fused_resnet.backends.kernel import Kernel, PackedKernel
+from fused_resnet.problem import ChainProblem
 
 #: Channels of ``out`` that the kernel computes at a time, and the period of its order of channels.
 CHUNK = 32
@@ -38,30 +44,83 @@ def _swizzled(tiles: Tensor) -> Tensor:
     return pieces.gather(-2, index).flatten(-2)
 
 
-def pack_chain(weight2: Tensor, weight3: Tensor, weight1: Tensor | None) -> Tensor:
-    """The stream of weights of a chained bottleneck.
+def pack_taps(weight: Tensor) -> Tensor:
+    """The weight [M, M, 3, 3] of the 3x3, M a multiple of 64, by tap and plane: [9 M M]."""
+    m = weight.shape[0]
+    order = channel_order(m).to(weight.device)
+    taps = weight[order].permute(2, 3, 0, 1).reshape(9, m, m // _PLANE, _PLANE)
+    return _swizzled(taps.transpose(1, 2)).flatten()
 
-    Args:
-        weight2: of the 3x3, [M, M, 3, 3] with M 64 or 128; 16-bit.
-        weight3: of the 1x1 after it, [4 M, M, 1, 1].
-        weight1: of the next block's first 1x1, [L, 4 M, 1, 1] with L a multiple of 32; None if
-            there is no next block.
 
-    Returns:
-        [9 M M + 4 M M + L 4 M], of the weights' dtype and device.
+def pack_expand(weight: Tensor) -> Tensor:
+    """The weight [4 M, M, 1, 1] of the 1x1 after it, by chunks of 32 rows: [4 M M]."""
+    k, m = weight.shape[:2]
+    rows, columns = (channel_order(n).to(weight.device) for n in (k, m))
+    chunks = weight.flatten(1)[rows][:, columns].view(-1, CHUNK, m // _PLANE, _PLANE)
+    return _swizzled(chunks.transpose(1, 2)).flatten()
+
+
+def pack_reduce(weight: Tensor) -> Tensor:
+    """The weight [L, 4 M, 1, 1] of the next block's 1x1, by chunks of 32 columns: [4 M L]."""
+    rows, columns = (channel_order(n).to(weight.device) for n in weight.shape[:2])
+    chunks = weight.flatten(1)[rows][:, columns].view(len(rows), -1, CHUNK)
+    return _swizzled(chunks.transpose(0, 1)).flatten()
+
+
+_PACK = {"taps": pack_taps, "expand": pack_expand, "reduce": pack_reduce}
+
+
+def _aligned(vector: Tensor) -> Tensor:
+    """A dense fp32 vector at an address of 16 bytes."""
+    return vector if vector.data_ptr() % 16 == 0 else vector.clone()
+
+
+class CudaChain(PackedKernel):
+    """A bottleneck from its 3x3 on and the next block's first 1x1 in one kernel.
+
+    See ``csrc/cuda/bottleneck_chain.cuh``.
     """
-    m = weight2.shape[0]
-    order = channel_order(m).to(weight2.device)
-    # [K, C, R, S] as taps and planes of [K, 64].
-    taps = weight2[order].permute(2, 3, 0, 1).reshape(9, m, m // _PLANE, _PLANE)
-    stream = [_swizzled(taps.transpose(1, 2)).flatten()]
-    out_order = channel_order(4 * m).to(weight2.device)
-    expand = weight3.flatten(1)[out_order][:, order].view(-1, CHUNK, m // _PLANE, _PLANE)
-    chunks = [_swizzled(expand.transpose(1, 2)).flatten(1)]
-    if weight1 is not None:
-        next_order = channel_order(weight1.shape[0]).to(weight1.device)
-        reduce = weight1.flatten(1)[next_order][:, out_order]
-        columns = reduce.view(len(next_order), -1, CHUNK).transpose(0, 1)
-        chunks.append(_swizzled(columns).flatten(1))
-    stream.append(torch.cat(chunks, 1).flatten())
-    return torch.cat(stream)
+
+    backend, op, name = "cuda", "bottleneck_chain", "chain"
+
+    def supports(self, problem: ChainProblem, device: torch.device) -> str | None:
+        """sm_80 and newer; fp16 and bf16; 64 or 128 channels, stride 1, no projection."""
+        p = problem
+        if p.dtype not in (torch.float16, torch.bfloat16):
+            return f"computes fp16 and bf16, not {p.dtype}"
+        if reason := unavailable(device):
+            return reason
+        if p.m not in (64, 128) or p.k != 4 * p.m or p.next not in (0, p.m):
+            return f"serves 64 and 128 channels and 4 times as many, not {p.m}, {p.k}, {p.next}"
+        if p.stride != 1 or p.proj or p.store != "all":
+            return "serves blocks of stride 1 without projection that store all of their output"
+        if p.n * p.h * p.w >= 2**30:
+            return "the tensors are too large for 32-bit indices"
+        return None
+
+    def pack_key(self, problem: str) -> str:
+        """Which of the three weights it is."""
+        return problem
+
+    def prepare(
+        self, problem: str, weight: Tensor, scale: Tensor, shift: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A weight in the kernel's order, and its vectors aligned."""
+        return _PACK[problem](weight.detach()), _aligned(scale), _aligned(shift)
+
+    def run(self, problem: ChainProblem, *args: Any) -> tuple[Tensor, Tensor]:
+        """See `Kernel`."""
+        mid, residual, *convs = args
+        following = self.packed("reduce", *convs[9:12]) if problem.next else (None,) * 3
+        assert _build.extension is not None
+        result: tuple[Tensor, Tensor] = _build.extension.cuda_bottleneck_chain(
+            aligned_nhwc(mid),
+            aligned_nhwc(residual),
+            *self.packed("taps", *convs[:3]),
+            *self.packed("expand", *convs[3:6]),
+            *following,
+        )
+        return result
+
+
+KERNELS: tuple[Kernel, ...] = (CudaChain(),)
