@@ -295,12 +295,12 @@ def chain_traffic(case: ChainCase) -> dict[str, Any]:
     stay in L1.
     """
     from tests import cuda_emulated as emulated
-    from tests.test_cuda_chain import draw_chain
+    from tests.chain_cases import chain_data, chain_problem
 
     run = emulated.Run(checked=True)
     m, pixels = case.mid, case.size**2
-    chain = draw_chain((1, case.size, case.size), m, "float16", True)
-    emulated.bottleneck_chain(run, "float16", case.resident, case.blocks, *vars(chain).values())
+    problem = chain_problem(m, 1, case.size, case.size)
+    emulated.bottleneck_chain(run, problem, case.resident, case.blocks, *chain_data(problem))
     (report,) = run.reports
     report.raise_findings()
     buffers = report.buffers

@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_resnet.backends import cuda
 from fused_resnet.backends.cuda_chain import pack_expand, pack_reduce, pack_taps
 from fused_resnet.backends.cuda_schedule import ConvSchedule, gathers_wide
-from fused_resnet.problem import EPILOGUES, ConvProblem, conv_out_size
+from fused_resnet.problem import EPILOGUES, ChainProblem, ConvProblem, conv_out_size
 from tests.emulator import Buffer, Output, Report
 from tests.emulator.project import kernels
 
@@ -368,48 +368,40 @@ class ChainArgs(ctypes.Structure):
 
 
 def bottleneck_chain(
-    run: Run,
-    dtype: str,
-    resident: bool,
-    blocks: int,
-    mid1: Tensor,
-    residual: Tensor,
-    weight2: Tensor,
-    affine2: tuple[Tensor, Tensor],
-    weight3: Tensor,
-    affine3: tuple[Tensor, Tensor],
-    weight1: Tensor | None,
-    affine1: tuple[Tensor, Tensor] | None,
-) -> list[Tensor]:
-    """``out`` and, if there is a next convolution, ``mid_next``, by at most ``blocks`` blocks."""
-    n, mid, h, w = mid1.shape
+    run: Run, problem: ChainProblem, resident: bool, blocks: int, *args: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The op by at most ``blocks`` blocks, with all weights in shared memory or streamed."""
+    mid, residual, *convs = args
+    assert mid is not None
+    assert residual is not None
+    n, _, h, w = mid.shape
     tensors = {
-        "mid1": nhwc(mid1),
-        "weight2": pack_taps(weight2),
-        "weight3": pack_expand(weight3),
-        **dict(zip(("scale2", "shift2", "scale3", "shift3"), (*affine2, *affine3), strict=True)),
+        "mid1": nhwc(mid),
         "residual": nhwc(residual),
-        "out": torch.empty(n, h, w, 4 * mid, dtype=mid1.dtype),
+        "out": mid.new_empty(n, h, w, problem.k),
+        "mid_next": mid.new_empty(n, h, w, problem.next),
     }
-    results = ["out"]
-    if weight1 is not None and affine1 is not None:
-        tensors["weight1"] = pack_reduce(weight1)
-        tensors |= {"scale1": affine1[0], "shift1": affine1[1]}
-        tensors["mid_next"] = torch.empty(n, h, w, mid, dtype=mid1.dtype)
-        results.append("mid_next")
-    buffers = {name: run.buffer(t, name, name not in results) for name, t in tensors.items()}
+    packing = (("2", pack_taps, 0), ("3", pack_expand, 3), ("1", pack_reduce, 9))
+    for name, pack, first in packing:
+        weight, scale, shift = convs[first : first + 3]
+        if weight is not None and scale is not None and shift is not None:
+            tensors |= {"weight" + name: pack(weight), "scale" + name: scale, "shift" + name: shift}
+    results = ["out"] + (["mid_next"] if problem.next else [])
+    buffers = {
+        name: run.buffer(t, name, name not in results) for name, t in tensors.items() if t.numel()
+    }
     try:
-        args = ChainArgs(n=n, h=h, w=w, mid=mid)
+        given = ChainArgs(n=n, h=h, w=w, mid=problem.m)
         for name, buffer in buffers.items():
-            setattr(args, name, buffer.address)
+            setattr(given, name, buffer.address)
             buffer.protect(name in results)
         library = _planner("bottleneck_chain", run.checked)
-        shared_bytes = library.derive_chain(ctypes.byref(args), int(resident))
-        way = f"{'resident' if resident else 'streamed'},{'next' if affine1 else 'last'}"
+        shared_bytes = library.derive_chain(ctypes.byref(given), int(resident))
+        way = f"{'resident' if resident else 'streamed'},{'next' if problem.next else 'last'}"
         run.launch(
             "bottleneck_chain",
-            f"bottleneck_chain<{dtype},{mid},{way}>",
-            {"args": args},
+            f"bottleneck_chain<{str(mid.dtype).removeprefix('torch.')},{problem.m},{way}>",
+            {"args": given},
             (min(blocks, n * -(-h // 8) * -(-w // 16)),),
             256,
             shared_bytes,
@@ -419,4 +411,4 @@ def bottleneck_chain(
     finally:
         for buffer in buffers.values():
             buffer.close()
-    return [tensors[name].permute(0, 3, 1, 2) for name in results]
+    return tensors["out"].permute(0, 3, 1, 2), tensors["mid_next"].permute(0, 3, 1, 2)

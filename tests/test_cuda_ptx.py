@@ -153,7 +153,10 @@ def test_elementwise(arithmetic: str) -> None:
 def test_struct_sizes() -> None:
     """The structs of Python are those that nvcc sees."""
     text = (
-        '#include <cstdio>\n#include "conv_tile.h"\n#include "stem_args.h"\n'
+        '#include <cstdio>\n#include "chain_args.h"\n#include "conv_tile.h"\n'
+        '#include "stem_args.h"\n'
+        "static_assert(sizeof(fused_resnet::ChainArgs) == "
+        f"{ctypes.sizeof(emulated.ChainArgs)});\n"
         "static_assert(sizeof(fused_resnet::ConvArgs) == "
         f"{ctypes.sizeof(emulated.ConvArgs)});\n"
         "static_assert(sizeof(fused_resnet::StemArgs) == "
