@@ -77,13 +77,13 @@ class TestMachineCode:
     def test_chained_bottlenecks_copy_asynchronously(
         self, certificates: dict[str, Certificate]
     ) -> None:
-        """Two pixel rows of a warp share no column fragment: shared memory bounds the loop."""
         for key, c in certificates.items():
             if key.startswith("bottleneck_chain "):
+                assert c.async_in_loop, key
+                assert set(c.widths("LDGSTS")) == {16}, key
+            if key.startswith("bottleneck_chain ") and key.endswith("sm_80"):
                 assert c.share is not None
                 assert c.share >= 0.6, key
-                assert c.async_in_loop
-                assert set(c.widths("LDGSTS")) == {16}
 
     def test_main_loops_divide_nothing_and_copy_asynchronously(
         self, certificates: dict[str, Certificate]
