@@ -190,10 +190,14 @@ at::Tensor cuda_conv_implicit_gemm(const at::Tensor& x, const at::Tensor& weight
   if (gather.has_value()) {
     constexpr int64_t kSliceBytes = 128;
     const int64_t slice = kSliceBytes / x.element_size();
+    const int64_t piece = gather_piece(args.problem, static_cast<int>(x.element_size()));
     check_on_device(*gather, x, kOp, "gather");
     TORCH_CHECK_VALUE(gather->scalar_type() == at::kInt && gather->is_contiguous() &&
-                          gather->numel() == 4 * ((reduction + slice - 1) / slice * slice),
+                          gather->numel() == 2 * ((reduction + slice - 1) / slice * slice) / piece,
                       kOp, ": the gathering table does not fit the reduction");
+    TORCH_CHECK_VALUE(
+        reinterpret_cast<uintptr_t>(x.const_data_ptr()) % (piece * x.element_size()) == 0, kOp,
+        ": x does not begin at a multiple of ", piece, " elements");
     args.gather = static_cast<const GatherEntry*>(gather->const_data_ptr());
     args.reduction = index32(weight.size(1), "the reduction");
     TORCH_CHECK_VALUE(weight.size(1) == (reduction + vector - 1) / vector * vector, kOp,
@@ -283,6 +287,79 @@ at::Tensor cuda_stem(const at::Tensor& x, const at::Tensor& weight, const at::Te
   cuda::conv_affine_relu_maxpool(args, math, x.scalar_type() == at::kByte,
                                  c10::cuda::getCurrentCUDAStream().stream());
   return y;
+}
+
+// (out, mid_next); mid_next has no channels where weight1 is not given.
+std::tuple<at::Tensor, at::Tensor> cuda_bottleneck_chain(
+    const at::Tensor& mid1, const at::Tensor& residual, const at::Tensor& weight2,
+    const at::Tensor& scale2, const at::Tensor& shift2, const at::Tensor& weight3,
+    const at::Tensor& scale3, const at::Tensor& shift3, const std::optional<at::Tensor>& weight1,
+    const std::optional<at::Tensor>& scale1, const std::optional<at::Tensor>& shift1) {
+  constexpr const char* kOp = "cuda_bottleneck_chain";
+  constexpr auto kNhwc = at::MemoryFormat::ChannelsLast;
+  const auto aligned = [](const at::Tensor& t) {
+    return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  };
+  TORCH_CHECK_TYPE(mid1.scalar_type() == at::kHalf || mid1.scalar_type() == at::kBFloat16, kOp,
+                   ": expected float16 or bfloat16, found ", mid1.scalar_type());
+  TORCH_CHECK_VALUE(mid1.dim() == 4 && mid1.is_contiguous(kNhwc) && aligned(mid1), kOp,
+                    ": expected mid1 [N, C, H, W], aligned and dense in channels_last order");
+  const int64_t mid = mid1.size(1), pixels = mid1.size(0) * mid1.size(2) * mid1.size(3);
+  TORCH_CHECK_VALUE(mid == 64 || mid == 128, kOp, ": serves 64 and 128 channels, not ", mid);
+  check_on_device(residual, mid1, kOp, "residual");
+  TORCH_CHECK_VALUE(
+      residual.sizes() == at::IntArrayRef({mid1.size(0), 4 * mid, mid1.size(2), mid1.size(3)}) &&
+          residual.is_contiguous(kNhwc) && residual.scalar_type() == mid1.scalar_type() &&
+          aligned(residual),
+      kOp, ": expected a residual of 4 times the channels of mid1, aligned and dense, found ",
+      residual.sizes());
+  TORCH_CHECK_VALUE(pixels < (int64_t{1} << 30), kOp, ": ", pixels, " pixels are too many");
+  const auto packed = [&](const at::Tensor& t, int64_t taps, const char* name) {
+    check_on_device(t, mid1, kOp, name);
+    TORCH_CHECK_VALUE(t.numel() == taps * mid * mid && t.is_contiguous() && aligned(t) &&
+                          t.scalar_type() == mid1.scalar_type(),
+                      kOp, ": ", name, " is not the packed weight of these channels");
+    return t.const_data_ptr();
+  };
+  const auto floats = [&](const at::Tensor& t, int64_t channels, const char* name) {
+    check_affine(t, mid1, channels, kOp, name);
+    TORCH_CHECK_VALUE(aligned(t), kOp, ": ", name, " is not aligned to 16 bytes");
+    return static_cast<const float*>(t.const_data_ptr());
+  };
+  ChainArgs args = {};
+  args.n = index32(mid1.size(0), "N");
+  args.h = index32(mid1.size(2), "H");
+  args.w = index32(mid1.size(3), "W");
+  args.mid = static_cast<int32_t>(mid);
+  args.mid1 = mid1.const_data_ptr();
+  args.weight2 = packed(weight2, 9, "weight2");
+  args.weight3 = packed(weight3, 4, "weight3");
+  args.scale2 = floats(scale2, mid, "scale2");
+  args.shift2 = floats(shift2, mid, "shift2");
+  args.scale3 = floats(scale3, 4 * mid, "scale3");
+  args.shift3 = floats(shift3, 4 * mid, "shift3");
+  args.residual = residual.const_data_ptr();
+  const bool has_next = weight1.has_value();
+  TORCH_CHECK_VALUE(scale1.has_value() == has_next && shift1.has_value() == has_next, kOp,
+                    ": weight1, scale1 and shift1 go together");
+  if (has_next) {
+    args.weight1 = packed(*weight1, 4, "weight1");
+    args.scale1 = floats(*scale1, mid, "scale1");
+    args.shift1 = floats(*shift1, mid, "shift1");
+  }
+
+  const c10::cuda::CUDAGuard guard(mid1.device());
+  const at::Tensor out = at::empty(residual.sizes(), residual.options(), kNhwc);
+  const at::Tensor mid_next =
+      at::empty({args.n, has_next ? mid : 0, args.h, args.w}, mid1.options(), kNhwc);
+  if (pixels == 0) return {out, mid_next};
+  args.out = out.mutable_data_ptr();
+  if (has_next) args.mid_next = mid_next.mutable_data_ptr();
+  cuda::bottleneck_chain(
+      args,
+      mid1.scalar_type() == at::kHalf ? cuda::Arithmetic::kFloat16 : cuda::Arithmetic::kBFloat16,
+      c10::cuda::getCurrentCUDAStream().stream());
+  return {out, mid_next};
 }
 
 cuda::DType cuda_dtype(const at::Tensor& tensor, const char* op) {
@@ -529,6 +606,7 @@ PYBIND11_MODULE(_C, m) {
 #if defined(FUSED_RESNET_CUDA_VERSION)
   m.def("cuda_conv_implicit_gemm", torch::wrap_pybind_function_no_gil(cuda_conv_implicit_gemm));
   m.def("cuda_stem", torch::wrap_pybind_function_no_gil(cuda_stem));
+  m.def("cuda_bottleneck_chain", torch::wrap_pybind_function_no_gil(cuda_bottleneck_chain));
   m.def("cuda_add_relu", torch::wrap_pybind_function_no_gil(cuda_add_relu));
   m.def("cuda_global_average_pool", torch::wrap_pybind_function_no_gil(cuda_global_average_pool));
   m.def("cuda_to_channels_last", torch::wrap_pybind_function_no_gil(cuda_to_channels_last));

@@ -96,6 +96,26 @@ def cuda_stem(
     Bytes become ``x * input_scale[c] + input_shift[c]``. Raises as ``cuda_conv_implicit_gemm``.
     """
 
+def cuda_bottleneck_chain(
+    mid1: Tensor,
+    residual: Tensor,
+    weight2: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    weight3: Tensor,
+    scale3: Tensor,
+    shift3: Tensor,
+    weight1: Tensor | None,
+    scale1: Tensor | None,
+    shift1: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, mid_next) of a chained bottleneck of stride 1, in float16 and bfloat16.
+
+    mid1 [N, M, H, W] with M 64 or 128 and residual [N, 4 M, H, W] are dense in channels_last
+    order; the weights are packed by ``fused_resnet.backends.cuda_chain``; mid_next [N, M, H, W]
+    has no channels without ``weight1``. Raises as ``cuda_conv_implicit_gemm``.
+    """
+
 def cuda_add_relu(a: Tensor, b: Tensor, inplace: bool) -> Tensor:
     """``add_relu`` on the GPU, in float32, float16 and bfloat16."""
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import cuda
-from fused_resnet.backends.cuda_schedule import ConvSchedule
-from fused_resnet.problem import EPILOGUES, ConvProblem, conv_out_size
+from fused_resnet.backends.cuda_chain import pack_expand, pack_reduce, pack_taps
+from fused_resnet.backends.cuda_schedule import ConvSchedule, gathers_wide
+from fused_resnet.problem import EPILOGUES, ChainProblem, ConvProblem, conv_out_size
 from tests.emulator import Buffer, Output, Report
 from tests.emulator.project import kernels
 
@@ -200,9 +201,12 @@ def conv(
         for name, buffer in buffers.items():
             setattr(args, name, buffer.address)
         args.reduction = packed.weight.shape[1] if packed.gather is not None else 0
-        name = "conv_implicit_gemm" + ("" if packed.gather is None else "_gather")
+        name, way = "conv_implicit_gemm", ""
+        if packed.gather is not None:
+            name += "_gather"
+            way = ",wide" if gathers_wide(p) else ",pairs" if cuda.gather_piece(p) == 2 else ""
         for launch, is_reduction in planned(args, arithmetic, schedule.tile.index, run.checked):
-            kernel = f"{name}<{arithmetic},{schedule.tile.name}>"
+            kernel = f"{name}<{arithmetic},{schedule.tile.name}{way}>"
             if is_reduction:
                 kernel = f"conv_reduce_splits<{arithmetic}>"
             seeded = bug is not None and not is_reduction
@@ -334,3 +338,77 @@ def transpose(run: Run, x: Tensor) -> Tensor:
         256,
     )
     return y
+
+
+class ChainArgs(ctypes.Structure):
+    """``ChainArgs`` of csrc/cuda/chain_args.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("n", "h", "w", "mid")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *(
+                    "mid1",
+                    "weight2",
+                    "weight3",
+                    "weight1",
+                    "scale2",
+                    "shift2",
+                    "scale3",
+                    "shift3",
+                    "scale1",
+                    "shift1",
+                ),
+                *("residual", "out", "mid_next"),
+            )
+        ),
+        ("derived", ctypes.c_int32 * 8),
+    ]
+
+
+def bottleneck_chain(
+    run: Run, problem: ChainProblem, resident: bool, blocks: int, *args: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The op by at most ``blocks`` blocks, with all weights in shared memory or streamed."""
+    mid, residual, *convs = args
+    assert mid is not None
+    assert residual is not None
+    n, _, h, w = mid.shape
+    tensors = {
+        "mid1": nhwc(mid),
+        "residual": nhwc(residual),
+        "out": mid.new_empty(n, h, w, problem.k),
+        "mid_next": mid.new_empty(n, h, w, problem.next),
+    }
+    packing = (("2", pack_taps, 0), ("3", pack_expand, 3), ("1", pack_reduce, 9))
+    for name, pack, first in packing:
+        weight, scale, shift = convs[first : first + 3]
+        if weight is not None and scale is not None and shift is not None:
+            tensors |= {"weight" + name: pack(weight), "scale" + name: scale, "shift" + name: shift}
+    results = ["out"] + (["mid_next"] if problem.next else [])
+    buffers = {
+        name: run.buffer(t, name, name not in results) for name, t in tensors.items() if t.numel()
+    }
+    try:
+        given = ChainArgs(n=n, h=h, w=w, mid=problem.m)
+        for name, buffer in buffers.items():
+            setattr(given, name, buffer.address)
+            buffer.protect(name in results)
+        library = _planner("bottleneck_chain", run.checked)
+        shared_bytes = library.derive_chain(ctypes.byref(given), int(resident))
+        way = f"{'resident' if resident else 'streamed'},{'next' if problem.next else 'last'}"
+        run.launch(
+            "bottleneck_chain",
+            f"bottleneck_chain<{str(mid.dtype).removeprefix('torch.')},{problem.m},{way}>",
+            {"args": given},
+            (min(blocks, n * -(-h // 8) * -(-w // 16)),),
+            256,
+            shared_bytes,
+        )
+        for name in results:
+            buffers[name].copy_to(tensors[name])
+    finally:
+        for buffer in buffers.values():
+            buffer.close()
+    return tensors["out"].permute(0, 3, 1, 2), tensors["mid_next"].permute(0, 3, 1, 2)

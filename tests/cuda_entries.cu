@@ -1,6 +1,7 @@
 // The kernels of csrc/cuda for MATH, with their pointers as parameters of their own: the PTX runner
 // places arrays where parameters point to, and cannot see into a struct.
 #include "add_relu.cuh"
+#include "bottleneck_chain.cuh"
 #include "conv_implicit_gemm.cuh"
 #include "global_average_pool.cuh"
 #include "layout.cuh"
@@ -44,10 +45,25 @@ extern "C" __global__ void __launch_bounds__(Tile::kThreads) entry_conv(CONV_PAR
   conv_block<MATH, Tile, Loader, SeededBug::kNone>(CONV_ARGS, shared);
 }
 
+template <int kPiece, bool kWide>
+__device__ __forceinline__ void gather_block(const ConvArgs& args, char* shared) {
+  using Loader = GatherLoader<T, Tile, kPiece, kWide>;
+  conv_block<MATH, Tile, Loader, SeededBug::kNone>(args, shared);
+}
+
 extern "C" __global__ void __launch_bounds__(Tile::kThreads) entry_gather(CONV_PARAMETERS) {
   DYNAMIC_SHARED(char, shared);
-  using Loader = GatherLoader<T, Tile, SeededBug::kNone>;
-  conv_block<MATH, Tile, Loader, SeededBug::kNone>(CONV_ARGS, shared);
+  gather_block<1, false>(CONV_ARGS, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(Tile::kThreads) entry_gather_wide(CONV_PARAMETERS) {
+  DYNAMIC_SHARED(char, shared);
+  gather_block<1, true>(CONV_ARGS, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(Tile::kThreads) entry_gather_pairs(CONV_PARAMETERS) {
+  DYNAMIC_SHARED(char, shared);
+  gather_block<4 / sizeof(T), false>(CONV_ARGS, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(kReduceThreads) entry_reduce(CONV_PARAMETERS) {
@@ -65,6 +81,30 @@ extern "C" __global__ void __launch_bounds__(StemTile<T>::kThreads)
   args.y = y;
   stem_block<MATH, T>(args, shared);
 }
+
+#ifdef CHAIN
+extern "C" __global__ void __launch_bounds__(ChainTile64<64>::kThreads)
+    entry_chain(const void* mid1, const void* residual, const void* weight2, const float* scale2,
+                const float* shift2, const void* weight3, const float* scale3, const float* shift3,
+                const void* weight1, const float* scale1, const float* shift1, void* out,
+                void* mid_next, ChainArgs args) {
+  DYNAMIC_SHARED(char, shared);
+  args.mid1 = mid1;
+  args.residual = residual;
+  args.weight2 = weight2;
+  args.scale2 = scale2;
+  args.shift2 = shift2;
+  args.weight3 = weight3;
+  args.scale3 = scale3;
+  args.shift3 = shift3;
+  args.weight1 = weight1;
+  args.scale1 = scale1;
+  args.shift1 = shift1;
+  args.out = out;
+  args.mid_next = mid_next;
+  chain_block<MATH, ChainTile64<64>>(args, shared);
+}
+#endif
 
 template __global__ void fused_resnet::device::add_relu<T>(const T*, const T*, T*, int64_t);
 template __global__ void fused_resnet::device::global_average_pool<T, kVectorElements<T>>(const T*,

@@ -124,14 +124,30 @@ def test_bundled_groups_compute_the_same() -> None:
         )
 
 
-def test_gather_table_points_at_the_elements_of_the_window() -> None:
-    p = problem_of(ODD["odd_channels"], "float16", "none")
-    table = cuda.gather_table(p)
-    x = torch.arange(p.h * p.w * p.c).view(p.h, p.w, p.c)
-    window = x[: 2 * p.dilation[0] + 1 : p.dilation[0], :3, :].flatten()
-    inside = table[:, 1] >= 0
-    assert torch.equal(x.flatten()[table[inside, 0].long()], window)
-    assert len(table) * 2 % 128 == 0
+@pytest.mark.parametrize(
+    ("name", "dtype", "piece"),
+    [
+        ("odd_channels", "float16", 1),
+        ("even_channels", "float16", 2),
+        ("even_channels", "float32", 1),
+        ("kernel_17", "float16", 1),
+    ],
+)
+def test_gather_table_points_at_the_elements_of_the_window(
+    name: str, dtype: str, piece: int
+) -> None:
+    p = problem_of(ODD[name], dtype, "none")
+    assert cuda.gather_piece(p) == piece
+    offsets, taps = cuda.gather_table(p).long().unbind(1)
+    (dr, ds), x = p.dilation, torch.arange(p.h * p.w * p.c).view(p.h, p.w, p.c)
+    window = x[: dr * (p.r - 1) + 1 : dr, : ds * (p.s - 1) + 1 : ds]
+    count = p.r * p.s * p.c // piece
+    assert torch.equal(x.flatten()[offsets[:count]], window.flatten()[::piece])
+    row, column = torch.meshgrid(torch.arange(p.r), torch.arange(p.s), indexing="ij")
+    expected = row * dr + (column * ds << 16) if p.r > 16 else (1 << row) + (1 << 16 + column)
+    assert torch.equal(taps[:count], expected.flatten().repeat_interleave(p.c // piece))
+    assert (taps[count:] < 0).all()
+    assert len(taps) * piece * p.dtype.itemsize % 128 == 0
 
 
 @pytest.mark.parametrize("batch", [1, 8, 256])

@@ -74,6 +74,17 @@ class TestMachineCode:
             assert c.share >= 0.85
             assert c.tensor_kind == "mma.sync"
 
+    def test_chained_bottlenecks_copy_asynchronously(
+        self, certificates: dict[str, Certificate]
+    ) -> None:
+        for key, c in certificates.items():
+            if key.startswith("bottleneck_chain "):
+                assert c.async_in_loop, key
+                assert set(c.widths("LDGSTS")) == {16}, key
+            if key.startswith("bottleneck_chain ") and key.endswith("sm_80"):
+                assert c.share is not None
+                assert c.share >= 0.6, key
+
     def test_main_loops_divide_nothing_and_copy_asynchronously(
         self, certificates: dict[str, Certificate]
     ) -> None:
@@ -116,8 +127,24 @@ def test_layers_move_what_they_must(committed: dict[str, Any]) -> None:
         assert set(layer["conflicts"].values()) == {1.0}, layer
 
 
+@pytest.mark.parametrize("index", range(len(certify_cuda.CHAINS)))
+def test_chain_moves_no_more_than_committed(committed: dict[str, Any], index: int) -> None:
+    chain = certify_cuda.chain_traffic(certify_cuda.CHAINS[index])
+    assert certify_cuda.worse_chains(committed, {"emulated_chains": [chain]}) == []
+
+
+def test_chains_move_what_they_must_and_less_than_tritons(committed: dict[str, Any]) -> None:
+    assert len(committed["emulated_chains"]) == len(certify_cuda.CHAINS)
+    for chain in committed["emulated_chains"]:
+        assert chain["dram"] <= 1.05 * chain["least_dram"], chain
+        assert chain["l2"] < chain["triton_l2"], chain
+        assert set(chain["conflicts"].values()) == {1.0}, chain
+
+
 def test_a_worse_count_is_noticed(committed: dict[str, Any]) -> None:
     worse = json.loads(json.dumps(committed))
     worse["emulated"]["0"]["activation_bytes"] += 1
     worse["emulated"]["1"]["conflicts"]["ldmatrix"] += 0.5
+    worse["emulated_chains"][0]["l2"] += 1
     assert len(certify_cuda.worse_traffic(committed, worse)) == 2
+    assert len(certify_cuda.worse_chains(committed, worse)) == 1

@@ -12,9 +12,16 @@ import pytest
 import torch
 
 from benchmarks.certify_cuda import LAYERS, layer
-from fused_resnet.backends import cuda
-from fused_resnet.numerics import error, reference_conv, stock_conv
+from fused_resnet.backends import cuda, cuda_chain
+from fused_resnet.numerics import (
+    error,
+    reference_chain,
+    reference_conv,
+    stock_chain,
+    stock_conv,
+)
 from fused_resnet.problem import EPILOGUES, AddReluProblem, ConvProblem
+from tests.chain_cases import chain_data, chain_problem
 from tests.test_cuda_conv import ODD, inputs, problem_of
 from tests.test_cuda_stem import SIZES
 from tests.test_cuda_stem import inputs as stem_inputs
@@ -62,6 +69,27 @@ def test_odd_geometries(arithmetic: str, kernel, name: str, epilogue: str) -> No
 def test_layers_of_resnets(dtype: torch.dtype, kernel, index: int, batch: int) -> None:
     problem = dataclasses.replace(layer(index, dtype), n=batch)
     check(kernel, problem, inputs(problem))
+
+
+@pytest.mark.parametrize("size", [(1, 56), (32, 28), (3, 7)], ids=str)
+@pytest.mark.parametrize("following", [True, False], ids=["next", "last"])
+@pytest.mark.parametrize("m", [64, 128])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_chain(dtype: torch.dtype, m: int, following: bool, size: tuple[int, int]) -> None:
+    n, h = size
+    problem = chain_problem(m, n, h, h, following=m if following else 0, dtype=dtype)
+    kernel = cuda_chain.CudaChain()
+    reason = kernel.supports(problem, DEVICE)
+    if reason is not None:
+        pytest.skip(reason)
+    args = [None if t is None else t.to(DEVICE) for t in chain_data(problem)]
+    results = kernel.run(problem, *args)
+    for result, reference, stock in zip(
+        results, reference_chain(problem, *args), stock_chain(problem, *args), strict=True
+    ):
+        assert result.shape == reference.shape
+        if result.numel():
+            assert error(result, reference).within(error(stock, reference), dtype)
 
 
 @pytest.mark.parametrize("name", SIZES)

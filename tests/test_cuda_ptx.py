@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import cuda
+from fused_resnet.backends import cuda, cuda_chain
 from fused_resnet.backends.cuda_schedule import TILES, ConvSchedule
-from fused_resnet.numerics import error
+from fused_resnet.numerics import error, reference_chain, stock_chain
 from tests import cuda_emulated as emulated
 from tests import ptx
+from tests.chain_cases import chain_data, chain_problem
+from tests.emulator.project import kernels
 from tests.nvcc import compile_cuda, needs_nvcc
 from tests.test_cuda_conv import assert_right, inputs, problem_of
 from tests.test_cuda_stem import POOL
@@ -35,10 +37,12 @@ MATHS = {
 }
 TILE = TILES[3]
 
-#: N, C, H, W, K, (R, S), stride, padding, dilation, groups: the vector and the gathering kernel.
+#: N, C, H, W, K, (R, S), stride, padding, dilation, groups: the vector and the gathering kernels.
 GEOMETRIES = {
     "entry_conv": (1, 24, 7, 6, 40, (3, 3), (1, 1), (1, 1), (1, 1), 1),
     "entry_gather": (1, 3, 9, 8, 16, (3, 3), (2, 1), (1, 1), (1, 1), 1),
+    "entry_gather_pairs": (1, 6, 7, 8, 16, (3, 3), (2, 1), (1, 1), (1, 1), 1),
+    "entry_gather_wide": (1, 3, 2, 20, 8, (1, 17), (1, 1), (0, 3), (1, 1), 1),
 }
 
 
@@ -46,6 +50,8 @@ GEOMETRIES = {
 def module(arithmetic: str) -> Any:
     source = (ROOT / "tests" / "cuda_entries.cu").read_text()
     options = (f"-DMATH={MATHS[arithmetic]}", f"-I{ROOT / 'csrc' / 'cuda'}", "-std=c++20")
+    if arithmetic in ("float16", "bfloat16"):
+        options += ("-DCHAIN",)
     text, _ = compile_cuda(source, "ptx", "sm_80", *options)
     return ptx.load(text.decode())
 
@@ -70,7 +76,7 @@ def test_conv(arithmetic: str, entry: str, splits: int) -> None:
     args = inputs(problem)
     x, weight, scale, shift, residual = args
     packed = cuda.pack(problem, weight, arithmetic == "tf32")
-    assert (packed.gather is not None) == (entry == "entry_gather")
+    assert (packed.gather is not None) == entry.startswith("entry_gather")
     n, k, oh, ow = problem.out_shape
     y = array(torch.zeros(n, oh, ow, k, dtype=problem.dtype))
     partial = np.zeros((splits, y.size), np.float32)
@@ -90,9 +96,9 @@ def test_conv(arithmetic: str, entry: str, splits: int) -> None:
         partial,
         array(packed.gather),
     ]
-    kernels = module(arithmetic)
+    entries = module(arithmetic)
     for launch, is_reduction in emulated.planned(given, arithmetic, TILE.index):
-        kernels["entry_reduce" if is_reduction else entry].run(
+        entries["entry_reduce" if is_reduction else entry].run(
             tuple(launch.grid),
             launch.threads,
             [*pointers, bytes(launch.args)],
@@ -127,31 +133,61 @@ def test_stem(arithmetic: str) -> None:
     assert_stem_right(result, problem, arithmetic, x, weight, scale, shift)
 
 
+@pytest.mark.parametrize("arithmetic", ["float16", "bfloat16"])
+def test_chain(arithmetic: str) -> None:
+    """One block and two tiles, most of whose pixels lie outside of the image."""
+    problem = chain_problem(64, 1, 3, 18, dtype=emulated.DTYPES[arithmetic])
+    args = chain_data(problem)
+    mid, residual, w2, s2, b2, w3, s3, b3, *_, w1, s1, b1 = args
+    packed = [
+        *(emulated.nhwc(mid), emulated.nhwc(residual), cuda_chain.pack_taps(w2), s2, b2),
+        *(cuda_chain.pack_expand(w3), s3, b3, cuda_chain.pack_reduce(w1), s1, b1),
+    ]
+    out, following = (
+        array(torch.zeros(n, h, w, c, dtype=problem.dtype))
+        for n, c, h, w in (problem.out_shape, problem.next_shape)
+    )
+    given = emulated.ChainArgs(n=1, h=3, w=18, mid=64, mid_next=1)
+    library = ctypes.CDLL(str(kernels("bottleneck_chain", checked=False).library))
+    shared_bytes = library.derive_chain(ctypes.byref(given), 0)
+    module(arithmetic)["entry_chain"].run(
+        1, 256, [*map(array, packed), out, following, bytes(given)], shared_bytes
+    )
+    results = [result_of(y, problem.dtype).permute(0, 3, 1, 2) for y in (out, following)]
+    for result, reference, stock in zip(
+        results, reference_chain(problem, *args), stock_chain(problem, *args), strict=True
+    ):
+        assert error(result, reference).within(error(stock, reference), problem.dtype)
+
+
 @pytest.mark.parametrize("arithmetic", ["float16", "bfloat16", "float32"])
 def test_elementwise(arithmetic: str) -> None:
     dtype = emulated.DTYPES[arithmetic]
-    kernels = module(arithmetic)
+    entries = module(arithmetic)
     a, b = torch.randn(2, 307, generator=torch.Generator().manual_seed(0)).to(dtype)
     y = array(torch.zeros_like(a))
-    kernels["add_relu"].run(2, 256, [array(a), array(b), y, 307])
+    entries["add_relu"].run(2, 256, [array(a), array(b), y, 307])
     assert torch.equal(result_of(y, dtype), torch.relu(a + b))
 
     x = torch.randn(2, 19, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     mean = array(torch.zeros(2, 64, dtype=dtype))
-    kernels["global_average_pool"].run((2, 2), 256, [array(x), mean, 19, 64])
+    entries["global_average_pool"].run((2, 2), 256, [array(x), mean, 19, 64])
     reference, stock = x.double().mean(1), x.mean(1)
     found = error(result_of(mean, dtype), reference)
     assert found.within(error(stock, reference), dtype)
 
     turned = array(torch.zeros(2, 64, 19, dtype=dtype))
-    kernels["transpose"].run((1, 2), 256, [array(x), turned, 19, 64])
+    entries["transpose"].run((1, 2), 256, [array(x), turned, 19, 64])
     assert torch.equal(result_of(turned, dtype), x.mT)
 
 
 def test_struct_sizes() -> None:
     """The structs of Python are those that nvcc sees."""
     text = (
-        '#include <cstdio>\n#include "conv_tile.h"\n#include "stem_args.h"\n'
+        '#include <cstdio>\n#include "chain_args.h"\n#include "conv_tile.h"\n'
+        '#include "stem_args.h"\n'
+        "static_assert(sizeof(fused_resnet::ChainArgs) == "
+        f"{ctypes.sizeof(emulated.ChainArgs)});\n"
         "static_assert(sizeof(fused_resnet::ConvArgs) == "
         f"{ctypes.sizeof(emulated.ConvArgs)});\n"
         "static_assert(sizeof(fused_resnet::StemArgs) == "

@@ -21,8 +21,9 @@
 //           K / kBlockN blocks, which must find it in L1 and L2. Operations: 2 M K R S C / groups.
 //
 // conv_implicit_gemm wants C / groups and the addresses of x to be multiples of 16 bytes. For any
-// other C, and kernels wider than 31, conv_implicit_gemm_gather reads x element by element, by a
-// table of the whole reduction, packed without gaps: a first layer of 3 channels wastes nothing.
+// other C, and kernels wider than 31, conv_implicit_gemm_gather reads x by single elements or
+// pairs, by a table of the whole reduction, packed without gaps: a first layer of 3 channels wastes
+// nothing.
 #pragma once
 
 #include "../epilogue.h"
@@ -41,10 +42,18 @@ enum class SeededBug {
   kLooseWait,
   kFragmentRow,
   kDroppedPadding,
-  kUnswizzledStore,
+  kUnswizzled,
   kRaggedTile,
   kSplitRace,
 };
+
+// Where a chunk of an operand lies in its stage. Without the swizzle, wherever operands are written
+// and read, results are right and only the banks collide.
+template <class Tile, SeededBug kBug>
+__device__ __forceinline__ int operand_offset(int row, int chunk) {
+  return kBug == SeededBug::kUnswizzled ? row * Tile::kRowBytes + chunk * kVectorBytes
+                                        : SmemTile<Tile::kRowBytes>::offset(row, chunk);
+}
 
 // What a thread copies of every slice: chunk `chunk` of rows `row`, `row` + kRowsPerPass, ... of A
 // (pixels) and of B (channels).
@@ -62,8 +71,7 @@ struct CopyShare {
 
   template <SeededBug kBug>
   __device__ __forceinline__ int shared_offset() const {
-    return kBug == SeededBug::kUnswizzledStore ? row * Tile::kRowBytes + chunk * kVectorBytes
-                                               : SmemTile<Tile::kRowBytes>::offset(row, chunk);
+    return operand_offset<Tile, kBug>(row, chunk);
   }
 };
 
@@ -192,15 +200,28 @@ class VectorLoader {
   int next_column_, next_row_, next_weight_;
 };
 
-// Reads x one element at a time, as args.gather says; weight rows are padded to whole vectors.
-template <class T, class Tile, SeededBug kBug>
+// Reads x by pieces of kPiece neighbouring channels, as args.gather says: asynchronously where a
+// piece has the 4 bytes that cp.async wants, else through registers. Weight rows are padded to
+// whole vectors. A row's 16-byte chunk is several pieces; each quarter of a warp begins with
+// another one, so that the 32 lanes of a copy meet 32 different banks.
+//
+// 16-bit pieces of one channel lie at any even address, where nothing wider than they can be read
+// and no cp.async begins. They are loaded one slice before they are stored, which leaves a slice's
+// multiplications to wait for them.
+template <class T, class Tile, int kPiece, bool kWide>
 class GatherLoader {
   using Share = CopyShare<Tile, T>;
+  static constexpr int kPieceBytes = kPiece * int(sizeof(T));
+  static constexpr int kPieces = kVectorBytes / kPieceBytes;
+  static constexpr bool kAsync = kPieceBytes == 4;
+  static constexpr int kRotations = kAsync ? kPieces : 1;
+  static_assert(kAsync || kPieceBytes == 2);
+  static_assert(kAsync || Tile::kStages >= 3, "a slice is stored one slice late");
 
  public:
   __device__ __forceinline__ GatherLoader(const ConvArgs& args, int first_pixel, int first_channel,
                                           int group, int first_slice, int slices)
-      : args_(args), slices_(slices) {
+      : args_(args), slices_(slices), rotation_(threadIdx.x / 8 % kRotations) {
     const ConvProblem& p = args.problem;
 #pragma unroll
     for (int i = 0; i < Share::kRowsA; ++i) {
@@ -208,20 +229,27 @@ class GatherLoader {
       const PixelOrigin origin = PixelOrigin::of(args, pixel);
       x_[i] = static_cast<const T*>(args.x) + origin.image +
               (int64_t{origin.row} * p.w + origin.column) * p.c + group * args.c_per_group;
-      row_[i] = pixel < p.out_pixels() ? origin.row : kOutside;
-      column_[i] = origin.column;
+      const bool exists = pixel < p.out_pixels();
+      if constexpr (kWide) {
+        row_[i] = exists ? origin.row : kOutside;
+        column_[i] = origin.column;
+      } else {
+        const uint32_t rows = inside_bits(origin.row, p.dilation_h, p.r, p.h);
+        const uint32_t columns = inside_bits(origin.column, p.dilation_w, p.s, p.w);
+        outside_[i] = exists ? ~(rows | columns << kGatherRowBits) : ~0u;
+      }
     }
     const int channel = first_channel + share_.row;
     element_ = first_slice * Share::kSliceElements + share_.chunk * Share::kVectorSize;
     weight_ = static_cast<const T*>(args.weight) +
               int64_t{group * args.k_per_group + channel} * args.reduction;
     channels_left_ = args.k_per_group - channel;
+    if constexpr (kAsync) read_entries(slices > 0);
   }
 
   __device__ __forceinline__ void load(char* stage) {
-    const ConvProblem& p = args_.problem;
     const bool exists = slices_-- > 0;
-    char* const target = stage + share_.template shared_offset<kBug>();
+    char* const target = stage + share_.template shared_offset<SeededBug::kNone>();
 #pragma unroll
     for (int i = 0; i < Share::kRowsB; ++i) {
       cp_async<kVectorBytes>(
@@ -229,36 +257,81 @@ class GatherLoader {
           weight_ + element_ + int64_t{i} * Share::kRowsPerPass * args_.reduction,
           exists && element_ < args_.reduction && i * Share::kRowsPerPass < channels_left_);
     }
-    Vector<T> gathered[Share::kRowsA];
+    if constexpr (!kAsync) {
+      store_loaded(target);
+      read_entries(exists);
+    }
 #pragma unroll
-    for (int e = 0; e < Share::kVectorSize; ++e) {
-      const auto entry = exists ? load_global_readonly<int4>(args_.gather + element_ + e)
-                                : make_int4(0, kOutside, kOutside, 0);
+    for (int e = 0; e < kPieces; ++e) {
+      char* const piece = target + (e ^ rotation_) * kPieceBytes;
 #pragma unroll
       for (int i = 0; i < Share::kRowsA; ++i) {
-        const bool inside =
-            static_cast<unsigned>(row_[i] + entry.y) < static_cast<unsigned>(p.h) &&
-            static_cast<unsigned>(column_[i] + entry.z) < static_cast<unsigned>(p.w);
-        gathered[i].v[e] = inside || (kBug == SeededBug::kDroppedPadding && exists)
-                               ? to_float(x_[i][entry.x])
-                               : 0.0f;
+        const T* const source = x_[i] + entries_[e].offset;
+        const bool valid = is_inside(i, entries_[e].taps, exists);
+        if constexpr (kAsync) {
+          cp_async<4>(piece + i * Share::kRowsPerPass * Tile::kRowBytes, source, valid);
+        } else {
+          loaded_[i][e] = load_global_readonly_if<uint16_t>(source, valid);
+        }
       }
     }
-#pragma unroll
-    for (int i = 0; i < Share::kRowsA; ++i) {
-      store_shared<uint4>(target + i * Share::kRowsPerPass * Tile::kRowBytes, gathered[i].pack());
-    }
     element_ += Share::kSliceElements;
+    // On their way while this slice is copied; what waits in `loaded_` leaves no registers for
+    // that.
+    if constexpr (kAsync) read_entries(slices_ > 0);
   }
 
  private:
+  __device__ __forceinline__ bool is_inside(int i, uint32_t taps, bool exists) const {
+    if constexpr (kWide) {
+      const ConvProblem& p = args_.problem;
+      const int row = row_[i] + static_cast<int>(taps & 0xffff);
+      const int column = column_[i] + static_cast<int>(taps >> 16);
+      return exists && static_cast<unsigned>(row) < static_cast<unsigned>(p.h) &&
+             static_cast<unsigned>(column) < static_cast<unsigned>(p.w);
+    } else {
+      return ((outside_[i] | (exists ? 0 : ~0u)) & taps) == 0;
+    }
+  }
+
+  // The table's entries for the slice at element_, if it exists.
+  __device__ __forceinline__ void read_entries(bool exists) {
+    const GatherEntry* const first = args_.gather + (exists ? element_ / kPiece : 0);
+#pragma unroll
+    for (int e = 0; e < kPieces; ++e) {
+      const auto entry = load_global_readonly<int2>(first + (e ^ rotation_));
+      entries_[e] = {entry.x, static_cast<uint32_t>(entry.y)};
+    }
+  }
+
+  // What the last load() brought into registers; nothing, to be overwritten, the first time.
+  __device__ __forceinline__ void store_loaded(char* target) {
+    char* const late = late_ == nullptr ? target : late_;
+#pragma unroll
+    for (int i = 0; i < Share::kRowsA; ++i) {
+      uint32_t words[4];
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        words[word] = loaded_[i][2 * word] | static_cast<uint32_t>(loaded_[i][2 * word + 1]) << 16;
+      }
+      store_shared(late + i * Share::kRowsPerPass * Tile::kRowBytes,
+                   make_uint4(words[0], words[1], words[2], words[3]));
+    }
+    late_ = target;
+  }
+
   const ConvArgs& args_;
   Share share_;
   const T* x_[Share::kRowsA];
-  int row_[Share::kRowsA], column_[Share::kRowsA];
+  uint32_t outside_[Share::kRowsA];                 // the taps' bits as in GatherEntry, or
+  int row_[Share::kRowsA], column_[Share::kRowsA];  // where there are too many taps for bits
   const T* weight_;
   int channels_left_;
   int slices_, element_;
+  int rotation_;
+  GatherEntry entries_[kPieces];
+  uint16_t loaded_[kAsync ? 1 : Share::kRowsA][kPieces] = {};
+  char* late_ = nullptr;  // where `loaded_` belongs
 };
 
 // Where a warp's tile lies in the output.
@@ -407,7 +480,6 @@ __device__ __forceinline__ void store_output(const float (&sums)[kTilesM][kTiles
 template <class Math, class Tile, class Loader, SeededBug kBug>
 __device__ __forceinline__ void conv_block(const ConvArgs& args, char* shared) {
   using T = typename Math::Element;
-  using Rows = SmemTile<Tile::kRowBytes>;
   constexpr int kTilesM = Tile::kWarpM / 16, kTilesN = Tile::kWarpN / 8;
   constexpr int kSteps = Tile::kRowBytes / Math::kStepBytes;
   constexpr int kRowMask = kBug == SeededBug::kFragmentRow ? 7 : 15;
@@ -433,10 +505,11 @@ __device__ __forceinline__ void conv_block(const ConvArgs& args, char* shared) {
     Math::load(
         fragments[set], step,
         [&](int i, int row, int chunk) {
-          return stage + warp_a + i * 16 * Tile::kRowBytes + Rows::offset(row & kRowMask, chunk);
+          return stage + warp_a + i * 16 * Tile::kRowBytes +
+                 operand_offset<Tile, kBug>(row & kRowMask, chunk);
         },
         [&](int j, int row, int chunk) {
-          return stage + warp_b + j * 8 * Tile::kRowBytes + Rows::offset(row, chunk);
+          return stage + warp_b + j * 8 * Tile::kRowBytes + operand_offset<Tile, kBug>(row, chunk);
         });
   };
 
@@ -503,11 +576,13 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_implicit_gemm(const ConvA
   conv_block<Math, Tile, Loader, kBug>(args, shared);
 }
 
-template <class Math, class Tile, SeededBug kBug = SeededBug::kNone>
+// By pieces of kPiece channels; kWide serves kernels of more rows or columns than GatherEntry has
+// bits for.
+template <class Math, class Tile, int kPiece, bool kWide>
 __global__ void __launch_bounds__(Tile::kThreads) conv_implicit_gemm_gather(const ConvArgs args) {
   DYNAMIC_SHARED(char, shared);
-  using Loader = GatherLoader<typename Math::Element, Tile, kBug>;
-  conv_block<Math, Tile, Loader, kBug>(args, shared);
+  using Loader = GatherLoader<typename Math::Element, Tile, kPiece, kWide>;
+  conv_block<Math, Tile, Loader, SeededBug::kNone>(args, shared);
 }
 
 // y from the sums of args.splits shares, added in the order of the shares: the result does not

@@ -38,6 +38,26 @@ struct ConvTileOf<Float32Math, ConvTileName::k64x128> {
   using Tile = ConvTileFloat64x128;
 };
 
+// The gathering kernel for the problem's pieces.
+template <class Math, class Tile, class Start>
+void launch_gather(dim3 grid, const ConvArgs& args, Start start) {
+  constexpr int kElementBytes = sizeof(typename Math::Element);
+  if (gathers_wide(args.problem)) {
+    if constexpr (Tile::kBlockM == 64) {
+      start.template operator()<conv_implicit_gemm_gather<Math, Tile, 1, true>>(
+          grid, Tile::kThreads, Tile::kSharedBytes, args);
+    } else {
+      start.refuse("gathering for a wide kernel needs a tile of 64 pixels");
+    }
+  } else if (gather_piece(args.problem, kElementBytes) == 1) {
+    start.template operator()<conv_implicit_gemm_gather<Math, Tile, 1, false>>(
+        grid, Tile::kThreads, Tile::kSharedBytes, args);
+  } else if constexpr (kElementBytes == 2) {
+    start.template operator()<conv_implicit_gemm_gather<Math, Tile, 2, false>>(
+        grid, Tile::kThreads, Tile::kSharedBytes, args);
+  }
+}
+
 // Starts `kernel` with the args it is given: `start.template operator()<kernel>(grid, threads,
 // shared bytes, args)`.
 template <class Math, class Tile, SeededBug kBug, class Start>
@@ -57,8 +77,7 @@ void launch_conv_tile(ConvArgs args, Start start) {
                                                                     Tile::kSharedBytes, args);
   } else if constexpr (Tile::kBlockN == 64) {
     // Wider tiles would spill: gathering takes registers too.
-    start.template operator()<conv_implicit_gemm_gather<Math, Tile, kBug>>(
-        grid, Tile::kThreads, Tile::kSharedBytes, args);
+    launch_gather<Math, Tile>(grid, args, start);
   } else {
     start.refuse("gathering needs a tile of 64 channels");
   }

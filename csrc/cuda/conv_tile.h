@@ -70,13 +70,16 @@ void dispatch_conv_tile(ConvTileName tile, Body body) {
   }
 }
 
-// One element of the reduction in the gathering kernel: where it lies in the input relative to the
-// first tap of an output pixel, and its tap's row and column.
-struct alignas(16) GatherEntry {
+// A piece of the reduction in the gathering kernel: one channel of a tap, or two. `offset` is where
+// it lies in the input relative to the first tap of an output pixel. `taps` has bit r and bit
+// kGatherRowBits + c set for a tap of row r and column c; in kernels too wide for that it holds the
+// distances from the first row and column, 16 bits each. What pads the table lies outside of every
+// image: the highest bit, or the distances 0xffff.
+struct alignas(8) GatherEntry {
   int32_t offset;
-  int32_t row, column;
-  int32_t unused;
+  uint32_t taps;
 };
+constexpr int32_t kGatherRowBits = 16, kGatherColumnBits = 15;
 
 // A row or column that lies outside of every image.
 constexpr int32_t kOutside = -(1 << 30);
@@ -92,7 +95,7 @@ struct ConvArgs {
   void* y;
   // [splits][pixels][K] sums, where the reduction is split.
   float* partial;
-  // [reduction rounded up to a tile's rows] for the gathering kernel.
+  // [reduction rounded up to a tile's rows, in pieces] for the gathering kernel.
   const GatherEntry* gather;
   int32_t reduction;  // elements in a row of weight for the gathering kernel
   int32_t splits;     // blocks that share a tile's reduction
@@ -104,6 +107,17 @@ struct ConvArgs {
   int32_t slices_per_split;  // of these, for one block
   Divisor by_tiles_n, by_out_w, by_out_image, by_slices_per_tap, by_s;
 };
+
+// Whether the gathering kernel needs distances instead of bits.
+inline bool gathers_wide(const ConvProblem& p) {
+  return p.r > kGatherRowBits || p.s > kGatherColumnBits;
+}
+
+// Channels in one piece of the gathering kernel: as many as make 4 bytes, if every tap has a
+// multiple of that.
+inline int gather_piece(const ConvProblem& p, int element_bytes) {
+  return !gathers_wide(p) && element_bytes == 2 && p.c / p.groups % 2 == 0 ? 2 : 1;
+}
 
 // Fills the derived fields for a tile of `block_n` channels and rows of `row_elements`.
 inline void derive(ConvArgs& args, int block_n, int row_elements) {

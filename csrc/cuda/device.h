@@ -76,6 +76,18 @@ __device__ __forceinline__ V load_global_readonly(const void* global) {
   return __ldg(static_cast<const V*>(global));
 }
 
+// The same of 16 bits where `valid`; else 0, and `global` is not read. One predicated load: a
+// branch around each of many loads would cost more than they do.
+template <class V>
+__device__ __forceinline__ V load_global_readonly_if(const void* global, bool valid) {
+  static_assert(sizeof(V) == 2);
+  V value;
+  asm("{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.u16 %0, 0; @p ld.global.nc.u16 %0, [%1]; }"
+      : "=h"(value)
+      : "l"(global), "r"(static_cast<int>(valid)));
+  return value;
+}
+
 template <class V>
 __device__ __forceinline__ void store_global(void* global, V value) {
   *static_cast<V*>(global) = value;
@@ -288,6 +300,11 @@ using emulator::from_float;
 using emulator::pack2;
 using emulator::to_float;
 using emulator::unpack2;
+
+template <class V>
+inline V load_global_readonly_if(const void* global, bool valid) {
+  return valid ? load_global_readonly<V>(global) : V{};
+}
 
 template <class T>
 struct EmulatedMma;

@@ -5,6 +5,7 @@
 // std::runtime_error where CUDA refuses.
 #pragma once
 
+#include "chain_args.h"
 #include "conv_tile.h"
 #include "stem_args.h"
 
@@ -26,6 +27,11 @@ void conv_implicit_gemm(const ConvArgs& args, Arithmetic arithmetic, ConvTileNam
 // y = max_pool(relu(conv(x, weight) * scale + shift)); x holds bytes where `byte_input`.
 void conv_affine_relu_maxpool(const StemArgs& args, Arithmetic arithmetic, bool byte_input,
                               Stream stream);
+
+// out = relu(conv1x1(relu(conv3x3(mid1) * scale2 + shift2)) * scale3 + shift3 + residual) and,
+// unless mid_next is null, mid_next = relu(conv1x1(out) * scale1 + shift1); 64 or 128 channels of
+// 16 bits. `derive` is called here.
+void bottleneck_chain(const ChainArgs& args, Arithmetic arithmetic, Stream stream);
 
 // y = relu(a + b) of `count` elements; y may be a.
 void add_relu(const void* a, const void* b, void* y, int64_t count, DType dtype, Stream stream);

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import cpu, cuda, cudnn, library, torch_, triton_
+from fused_resnet.backends import cpu, cuda, cuda_chain, cudnn, library, torch_, triton_
 from fused_resnet.backends.kernel import Kernel, PackedKernel, Prepared
 from fused_resnet.backends.verify import is_out_of_memory, verify
 from fused_resnet.problem import AddReluProblem, Problem
@@ -32,7 +32,13 @@ from fused_resnet.warn import FusedResNetWarning
 #: Every kernel, those of the backend that heuristics prefer first. ``torch`` is last: it can do
 #: all.
 KERNELS: tuple[Kernel, ...] = (
-    cpu.KERNELS + library.KERNELS + triton_.KERNELS + cuda.KERNELS + cudnn.KERNELS + torch_.KERNELS
+    *cpu.KERNELS,
+    *library.KERNELS,
+    *triton_.KERNELS,
+    *cuda.KERNELS,
+    *cuda_chain.KERNELS,
+    *cudnn.KERNELS,
+    *torch_.KERNELS,
 )
 
 #: Backends by name, in heuristic order.

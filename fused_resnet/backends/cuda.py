@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from fused_resnet import _build
-from fused_resnet.backends.cuda_schedule import TILES, ConvSchedule, Tile, candidates, choose
+from fused_resnet.backends.cuda_schedule import (
+    TILES,
+    ConvSchedule,
+    Tile,
+    candidates,
+    choose,
+    gathers_wide,
+)
 from fused_resnet.backends.kernel import Kernel, PackedKernel
 from fused_resnet.problem import EPILOGUES, AddReluProblem, ConvProblem
 
@@ -34,8 +41,14 @@ MAX_VECTOR_TAPS = 31
 #: Rows of the gathering table are a whole number of the longest slice, 128 bytes.
 _SLICE_BYTES = 128
 
-#: A row or column that lies outside of every image, as ``kOutside`` in ``csrc/cuda/conv_tile.h``.
-_OUTSIDE = -(1 << 30)
+#: Positions in a padded image stay below this, half of ``kOutside`` in ``csrc/cuda/conv_tile.h``.
+_MAX_REACH = 1 << 29
+
+#: Where the bits of columns begin in a gathering table, and what lies outside of every image.
+_ROW_BITS, _OUTSIDE_BIT, _OUTSIDE_DISTANCES = 16, -(1 << 31), -1
+
+#: Bits of a distance in the gathering table of a wide kernel; longer images are refused.
+_DISTANCE_BITS = 16
 
 
 def round_to_tf32(weight: Tensor) -> Tensor:
@@ -80,27 +93,33 @@ def bundle_weight(weight: Tensor, groups: int, count: int) -> Tensor:
     return wide.view(k, count * c, r, s)
 
 
-def gather_table(problem: ConvProblem) -> Tensor:
-    """Where each element of the reduction lies, by tap then channel: int32 [reduction, 4], CPU.
+def gather_piece(problem: ConvProblem) -> int:
+    """Channels that the gathering kernel reads at once, as ``csrc/cuda/conv_tile.h`` has it."""
+    even = problem.c // problem.groups % 2 == 0
+    return 2 if even and problem.dtype.itemsize == 2 and not gathers_wide(problem) else 1
 
-    Columns: offset in x, row, column, unused. Offsets count from the first tap of an output pixel;
-    what pads the last slice lies outside.
+
+def gather_table(problem: ConvProblem) -> Tensor:
+    """Where each piece of the reduction lies, by tap then channel: int32 [pieces, 2], CPU.
+
+    Columns: offset in x, counted from the first tap of an output pixel, and the tap, as
+    ``GatherEntry`` in ``csrc/cuda/conv_tile.h`` says. What pads the last slice lies outside.
     """
     p = problem
     c = p.c // p.groups
-    reduction = p.r * p.s * c
-    slice_elements = _SLICE_BYTES // p.dtype.itemsize
-    table = torch.zeros(-(-reduction // slice_elements) * slice_elements, 4, dtype=torch.int32)
+    step = gather_piece(p)
+    reduction = p.r * p.s * c // step
+    slice_pieces = _SLICE_BYTES // p.dtype.itemsize // step
+    wide = gathers_wide(p)
+    table = torch.zeros(-(-reduction // slice_pieces) * slice_pieces, 2, dtype=torch.int32)
+    table[:, 1] = _OUTSIDE_DISTANCES if wide else _OUTSIDE_BIT
     row, column, channel = torch.meshgrid(
-        torch.arange(p.r) * p.dilation[0],
-        torch.arange(p.s) * p.dilation[1],
-        torch.arange(c),
-        indexing="ij",
+        torch.arange(p.r), torch.arange(p.s), torch.arange(0, c, step), indexing="ij"
     )
-    table[:reduction, 0] = ((row * p.w + column) * p.c + channel).flatten()
-    table[:reduction, 1] = row.flatten()
-    table[:reduction, 2] = column.flatten()
-    table[reduction:, 1:3] = _OUTSIDE
+    down, right = row * p.dilation[0], column * p.dilation[1]
+    table[:reduction, 0] = ((down * p.w + right) * p.c + channel).flatten()
+    taps = down | right << _DISTANCE_BITS if wide else 1 << row | 1 << _ROW_BITS + column
+    table[:reduction, 1] = taps.flatten()
     return table
 
 
@@ -240,8 +259,10 @@ class ImplicitGemm(PackedKernel):
         reach = (p.h + 2 * p.padding[0], p.w + 2 * p.padding[1])
         if n * oh * ow + 128 >= limit or reach[0] * reach[1] * p.c >= limit or per_k >= limit:
             return "the tensors are too large for 32-bit indices"
-        if max(reach) >= -_OUTSIDE // 2 or p.groups > 65535:
+        if max(reach) >= _MAX_REACH or p.groups > 65535:
             return "the image or the number of groups is too large for the kernel's grid"
+        if gathers(p) and gathers_wide(p) and max(reach) >= 1 << _DISTANCE_BITS - 1:
+            return "the image is too large for a kernel of so many rows or columns"
         if self.tile is not None and not self.schedules(problem):
             schedule = self.tile.name + (f" split {self.splits}" if self.splits else "")
             return f"a tile of {schedule} is not offered for this reduction"

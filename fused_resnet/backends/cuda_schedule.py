@@ -52,8 +52,12 @@ TILES = (
     Tile(3, 64, 64, 128, 3, 3, 0.67),
 )
 
-#: Tiles that the gathering kernel comes in.
+#: Tiles that the gathering kernel comes in, and those for wide kernels.
 GATHER_TILES = (TILES[1], TILES[3])
+WIDE_GATHER_TILES = (TILES[3],)
+
+#: The most rows and columns that a gathering table has bits for, as ``csrc/cuda/conv_tile.h``.
+_GATHER_ROWS, _GATHER_COLUMNS = 16, 15
 
 #: Blocks that may share one tile's reduction.
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -81,6 +85,11 @@ def slices(problem: ConvProblem, tile: Tile, gather: bool) -> int:
     return problem.r * problem.s * math.ceil(c / elements)
 
 
+def gathers_wide(problem: ConvProblem) -> bool:
+    """Whether gathering takes the kernel for many rows or columns."""
+    return problem.r > _GATHER_ROWS or problem.s > _GATHER_COLUMNS
+
+
 def candidates(problem: ConvProblem, gather: bool = False) -> tuple[ConvSchedule, ...]:
     """Every schedule worth timing: all tiles, and splits that leave each block four slices or more.
 
@@ -88,9 +97,10 @@ def candidates(problem: ConvProblem, gather: bool = False) -> tuple[ConvSchedule
         problem: with the groups that the kernel will see (``backends.cuda.bundled``).
         gather: whether the gathering kernel serves it.
     """
+    narrow = WIDE_GATHER_TILES if gathers_wide(problem) else GATHER_TILES
     return tuple(
         ConvSchedule(tile, splits)
-        for tile in (GATHER_TILES if gather else TILES)
+        for tile in (narrow if gather else TILES)
         for splits in SPLITS
         if splits == 1 or slices(problem, tile, gather) >= 4 * splits
     )
@@ -160,10 +170,12 @@ __all__ = [
     "GATHER_TILES",
     "SPLITS",
     "TILES",
+    "WIDE_GATHER_TILES",
     "ConvSchedule",
     "Tile",
     "candidates",
     "choose",
+    "gathers_wide",
     "predicted_cycles",
     "slices",
 ]

@@ -79,6 +79,7 @@ def _problems(op: str, dtype: torch.dtype) -> Iterator[Problem]:
     else:
         geometries = (  # c, k, kernel, stride, padding, groups
             (32, 48, 1, 1, 0, 1),
+            (32, 48, 3, 1, 1, 1),
             (32, 48, 3, 2, 1, 1),
             (16, 16, 3, 1, 1, 4),
         )
@@ -156,6 +157,11 @@ def _check(kernel: Kernel, problem: Problem, device: torch.device, infinite: boo
     for actual, right, usual in zip(results, reference, stock, strict=True):
         if actual.shape != right.shape or actual.dtype != p.dtype:
             return f"on {p} it returned {tuple(actual.shape)} {actual.dtype}"
+        if infinite and not kernel.exact:
+            # Its tiles spread what is not finite; none of it may get lost.
+            if bool((actual.isfinite() & ~right.isfinite()).any()):
+                return f"on {p} it makes finite what is not"
+            continue
         found, allowed = error(actual, right), error(usual, right)
         wrong = fault(found, allowed, p.dtype, kernel.exact)
         if wrong is not None:

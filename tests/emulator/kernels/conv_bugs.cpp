@@ -13,6 +13,6 @@ REGISTER_BUG("missing_barrier", kMissingBarrier);
 REGISTER_BUG("loose_wait", kLooseWait);
 REGISTER_BUG("fragment_row", kFragmentRow);
 REGISTER_BUG("dropped_padding", kDroppedPadding);
-REGISTER_BUG("unswizzled_store", kUnswizzledStore);
+REGISTER_BUG("unswizzled", kUnswizzled);
 REGISTER_BUG("ragged_tile", kRaggedTile);
 REGISTER_BUG("split_race", kSplitRace);

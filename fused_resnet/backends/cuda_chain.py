@@ -1,0 +1,126 @@
+"""The chained bottleneck of backend ``cuda``, and the packing of its weights.
+
+The kernel takes each weight as a stream of tiles in the order of their use, each an image of shared
+memory: rows in the kernel's order of channels, 16-byte chunks swizzled against bank conflicts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resnet import _build
+from fused_resnet.backends.cuda import aligned_nhwc, unavailable
+from fused_resnet.backends.kernel import Kernel, PackedKernel
+from fused_resnet.problem import ChainProblem
+
+#: Channels of ``out`` that the kernel computes at a time, and the period of its order of channels.
+CHUNK = 32
+
+#: Channels in a plane of shared memory, 128 bytes.
+_PLANE = 64
+
+
+def channel_order(channels: int) -> Tensor:
+    """The channel in each column of the kernel's products: int64 [channels].
+
+    Column 8 j + 2 t + e of every 32 is channel 8 t + 2 j + e.
+    """
+    by_column = torch.arange(channels).view(-1, 4, 4, 2)  # [., t, j, e]
+    return by_column.transpose(1, 2).flatten()
+
+
+def _swizzled(tiles: Tensor) -> Tensor:
+    """Tiles [..., rows, 32 or 64 elements] with the chunks of each row as ``SmemTile`` has them."""
+    *_, rows, elements = tiles.shape
+    chunks = elements // 8
+    row = torch.arange(rows, device=tiles.device)
+    key = row & 7 if chunks == 8 else row >> 1 & 3
+    source = torch.arange(chunks, device=tiles.device) ^ key[:, None]  # [rows, chunks]
+    pieces = tiles.reshape(*tiles.shape[:-1], chunks, 8)
+    index = source[..., None].expand(pieces.shape)
+    return pieces.gather(-2, index).flatten(-2)
+
+
+def pack_taps(weight: Tensor) -> Tensor:
+    """The weight [M, M, 3, 3] of the 3x3, M a multiple of 64, by tap and plane: [9 M M]."""
+    m = weight.shape[0]
+    order = channel_order(m).to(weight.device)
+    taps = weight[order].permute(2, 3, 0, 1).reshape(9, m, m // _PLANE, _PLANE)
+    return _swizzled(taps.transpose(1, 2)).flatten()
+
+
+def pack_expand(weight: Tensor) -> Tensor:
+    """The weight [4 M, M, 1, 1] of the 1x1 after it, by chunks of 32 rows: [4 M M]."""
+    k, m = weight.shape[:2]
+    rows, columns = (channel_order(n).to(weight.device) for n in (k, m))
+    chunks = weight.flatten(1)[rows][:, columns].view(-1, CHUNK, m // _PLANE, _PLANE)
+    return _swizzled(chunks.transpose(1, 2)).flatten()
+
+
+def pack_reduce(weight: Tensor) -> Tensor:
+    """The weight [L, 4 M, 1, 1] of the next block's 1x1, by chunks of 32 columns: [4 M L]."""
+    rows, columns = (channel_order(n).to(weight.device) for n in weight.shape[:2])
+    chunks = weight.flatten(1)[rows][:, columns].view(len(rows), -1, CHUNK)
+    return _swizzled(chunks.transpose(0, 1)).flatten()
+
+
+_PACK = {"taps": pack_taps, "expand": pack_expand, "reduce": pack_reduce}
+
+
+def _aligned(vector: Tensor) -> Tensor:
+    """A dense fp32 vector at an address of 16 bytes."""
+    return vector if vector.data_ptr() % 16 == 0 else vector.clone()
+
+
+class CudaChain(PackedKernel):
+    """A bottleneck from its 3x3 on and the next block's first 1x1 in one kernel.
+
+    See ``csrc/cuda/bottleneck_chain.cuh``.
+    """
+
+    backend, op, name = "cuda", "bottleneck_chain", "chain"
+
+    def supports(self, problem: ChainProblem, device: torch.device) -> str | None:
+        """sm_80 and newer; fp16 and bf16; 64 or 128 channels, stride 1, no projection."""
+        p = problem
+        if p.dtype not in (torch.float16, torch.bfloat16):
+            return f"computes fp16 and bf16, not {p.dtype}"
+        if reason := unavailable(device):
+            return reason
+        if p.m not in (64, 128) or p.k != 4 * p.m or p.next not in (0, p.m):
+            return f"serves 64 and 128 channels and 4 times as many, not {p.m}, {p.k}, {p.next}"
+        if p.stride != 1 or p.proj or p.store != "all":
+            return "serves blocks of stride 1 without projection that store all of their output"
+        if p.n * p.h * p.w >= 2**30:
+            return "the tensors are too large for 32-bit indices"
+        return None
+
+    def pack_key(self, problem: str) -> str:
+        """Which of the three weights it is."""
+        return problem
+
+    def prepare(
+        self, problem: str, weight: Tensor, scale: Tensor, shift: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A weight in the kernel's order, and its vectors aligned."""
+        return _PACK[problem](weight.detach()), _aligned(scale), _aligned(shift)
+
+    def run(self, problem: ChainProblem, *args: Any) -> tuple[Tensor, Tensor]:
+        """See `Kernel`."""
+        mid, residual, *convs = args
+        following = self.packed("reduce", *convs[9:12]) if problem.next else (None,) * 3
+        assert _build.extension is not None
+        result: tuple[Tensor, Tensor] = _build.extension.cuda_bottleneck_chain(
+            aligned_nhwc(mid),
+            aligned_nhwc(residual),
+            *self.packed("taps", *convs[:3]),
+            *self.packed("expand", *convs[3:6]),
+            *following,
+        )
+        return result
+
+
+KERNELS: tuple[Kernel, ...] = (CudaChain(),)
