@@ -1,4 +1,4 @@
-"""The command line ``fused-resnet bench | check | explain | doctor`` (``python -m fused_resnet``).
+"""The command line ``fused-resnet bench | predict | check | explain | doctor``.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 all is well; 1 a
 check failed or something must be mended; 2 the command cannot be carried out as given; 130
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
@@ -27,9 +28,14 @@ from fused_resnet.console import UserError, err, out
 from fused_resnet.doctor import examine
 from fused_resnet.explain import explain as run_explain
 from fused_resnet.machine import has_native_bf16
+from fused_resnet.predict import CsvWriter, Prediction, expand, read_categories
+from fused_resnet.predict import predict as run_predict
 from fused_resnet.version import __version__
 
 P = ParamSpec("P")
+
+#: What ``-`` means where a file to write is asked for.
+STDOUT = Path("-")
 
 app = typer.Typer(
     name="fused-resnet",
@@ -154,6 +160,90 @@ def bench(
     if not report.complete:
         raise typer.Exit(130)
     if not report.correct:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_command
+def predict(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or folders of them.")
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", help=f"{_NAMES}.")] = "resnet50",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights", help="An entry of the model's zoo, by default DEFAULT; or 'random'."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="Weights of your own: a state_dict, or safetensors."),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", help="Names of the classes: one a line, or a JSON list."),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Classes for each image.")] = 5,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images in one call.")] = 16,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    backend: BackendOption = None,
+    threads: ThreadsOption = None,
+    size: SizeOption = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result to this file; - to print it.")
+    ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Write the result to this file; - to print it.")
+    ] = None,
+) -> None:
+    """Classify images: the best classes of each, with their probabilities.
+
+    Ends with exit code 1 if an image could not be read; the others are classified all the same.
+    """
+    where, d = _device(device), _one("--dtype", _dtypes(dtype) or (torch.float32,))
+    if checkpoint is not None and weights is not None:
+        raise UserError("--weights and --checkpoint exclude each other")
+    files = expand(paths)
+    categories = read_categories(labels) if labels is not None else ()
+    printed = STDOUT not in (json_file, csv_file)
+    done: list[Prediction] = []
+    with contextlib.ExitStack() as stack:
+        rows = stack.enter_context(_csv(csv_file))
+        write = _writer(json_file)
+        tell = stack.enter_context(_progress())
+        stack.enter_context(_threads(threads))
+        stack.enter_context(_forced(_backends(backend)))
+        tell(f"{model}: loading", 0.0)
+        source = f"{checkpoint}" if checkpoint is not None else weights or "DEFAULT"
+        network = zoo.load(model, weights=None if source == "random" else source, size=size)
+        if network.random:
+            err.print("[yellow]note:[/] the weights are random: the classes mean nothing")
+        found = run_predict(
+            zoo.fused(model, zoo.converted(network, d, where, channels_last=True)),
+            files,
+            network.transform,
+            categories=categories or network.categories,
+            top=top,
+            batch=batch,
+            dtype=d,
+            device=where,
+        )
+        # What was classified before Ctrl-C is kept.
+        stack.callback(lambda: write(_predicted(model, network, done)))
+        for prediction in found:
+            done.append(prediction)
+            tell(f"{len(done)} of {len(files)} images", len(done) / len(files))
+            rows(prediction)
+            if prediction.error:
+                reason = escape(f"{prediction.image}: {prediction.error}")
+                err.print(f"[yellow]skipped[/] {reason}", soft_wrap=True)
+            elif printed:
+                out.print(str(prediction), markup=False, soft_wrap=True)
+    skipped = sum(bool(p.error) for p in done)
+    if skipped:
+        err.print(f"{skipped} of {len(files)} images could not be read")
         raise typer.Exit(1)
 
 
@@ -369,10 +459,9 @@ def _writer(path: Path | None) -> Callable[[dict[str, Any]], None]:
     """A function that writes the JSON file; that it can be written is known before the work."""
     if path is None:
         return lambda _data: None
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if path == STDOUT:
+        return lambda data: typer.echo(json.dumps(data, indent=1))
+    _check_writable(path)
 
     def write(data: dict[str, Any]) -> None:
         try:
@@ -381,3 +470,32 @@ def _writer(path: Path | None) -> Callable[[dict[str, Any]], None]:
             raise UserError(f"cannot write {path}: {e.strerror}") from None
 
     return write
+
+
+@contextlib.contextmanager
+def _csv(path: Path | None) -> Iterator[Callable[[Prediction], None]]:
+    """A function that adds a prediction to the CSV file."""
+    if path is None:
+        yield lambda _prediction: None
+    elif path == STDOUT:
+        yield CsvWriter(sys.stdout).write
+    else:
+        _check_writable(path)
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            yield CsvWriter(stream).write
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def _predicted(model: str, network: zoo.Network, done: list[Prediction]) -> dict[str, Any]:
+    return {
+        "model": model,
+        "weights": network.weights,
+        "predictions": [p.to_dict() for p in done if not p.error],
+        "skipped": [p.to_dict() for p in done if p.error],
+    }
