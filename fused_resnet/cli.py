@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fused_resnet import backends, bench_table, images, zoo
-from fused_resnet.bench import Settings
+from fused_resnet.bench import Report, Settings
 from fused_resnet.bench import bench as run_bench
 from fused_resnet.check import check as run_check
 from fused_resnet.console import UserError, err, out
@@ -30,6 +30,7 @@ from fused_resnet.explain import explain as run_explain
 from fused_resnet.machine import has_native_bf16
 from fused_resnet.predict import CsvWriter, Prediction, expand, read_categories
 from fused_resnet.predict import predict as run_predict
+from fused_resnet.report_compare import compare as compare_reports
 from fused_resnet.version import __version__
 
 P = ParamSpec("P")
@@ -133,11 +134,25 @@ def bench(
         typer.Option(help="Measure first call and peak memory, each in a process of its own."),
     ] = True,
     json_file: JsonOption = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            "--compare",
+            metavar="OLD.json NEW.json",
+            help="Measure nothing; compare two reports. Exit code 1 on a regression.",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0, help="With --compare: smaller changes are noise.")
+    ] = 0.05,
 ) -> None:
     """Compare fused networks with stock PyTorch on real photos: speed, memory and error.
 
     Without arguments: ResNet-50, batch 1 and 16, fp32, and bf16 where the device computes in it.
     """
+    if compare is not None:
+        _compare(*compare, threshold, _writer(json_file))
+        return
     where = _device(device)
     settings = Settings(
         models=tuple(models or ["resnet50"]),
@@ -420,6 +435,16 @@ def _load(
 def _print_skipped(photos: images.Photos) -> None:
     for name, reason in photos.skipped:
         out.print(f"[yellow]note:[/] {escape(f'{name} was skipped: {reason}')}")
+
+
+def _compare(
+    old: Path, new: Path, threshold: float, write: Callable[[dict[str, Any]], None]
+) -> None:
+    comparison = compare_reports(Report.load(old), Report.load(new), threshold)
+    out.print(comparison)
+    write(comparison.to_dict())
+    if not comparison.passed:
+        raise typer.Exit(1)
 
 
 @contextlib.contextmanager
