@@ -1,5 +1,6 @@
-// The compiled extension fused_resnet._C, and the only file that sees torch: it checks tensors,
-// hands raw pointers to the kernels, and divides their work among torch's threads.
+// The compiled extension fused_resnet._C: it checks tensors, hands raw pointers to the kernels, and
+// divides their work among torch's threads. Only this file and ops_cpu.cpp (the convolutions of the
+// CPU) see torch.
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
@@ -17,6 +18,7 @@
 #include "cpu/add_relu.h"
 #include "cpu/affine_act.h"
 #include "cpu/isa.h"
+#include "ops.h"
 
 #if defined(FUSED_RESNET_CUDA_VERSION)
 #include <ATen/ops/empty.h>
@@ -529,5 +531,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_global_average_pool", torch::wrap_pybind_function_no_gil(cuda_global_average_pool));
   m.def("cuda_to_channels_last", torch::wrap_pybind_function_no_gil(cuda_to_channels_last));
 #endif
+  bind_cpu(m);
   m.def("build_info", &build_info, "What the extension was built with, and against.");
 }
