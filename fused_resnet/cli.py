@@ -30,7 +30,7 @@ from fused_resnet.explain import explain as run_explain
 from fused_resnet.machine import has_native_bf16
 from fused_resnet.predict import CsvWriter, Prediction, expand, read_categories
 from fused_resnet.predict import predict as run_predict
-from fused_resnet.report_compare import compare as compare_reports
+from fused_resnet.report.compare import compare as compare_reports
 from fused_resnet.version import __version__
 
 P = ParamSpec("P")
