@@ -172,6 +172,7 @@ class Report:
         complete: False if the run was interrupted.
         notes: what a reader should know: random weights, skipped photos, warnings.
         pending: cases that the time budget left out, in words.
+        inputs: settings that every case shares; filled by ``bench --report`` only.
         layers: see `rooflines`; filled by ``bench --report`` only.
         ceilings: likewise.
         schema: `SCHEMA`.
@@ -185,6 +186,7 @@ class Report:
     complete: bool = True
     notes: list[str] = field(default_factory=list)
     pending: list[str] = field(default_factory=list)
+    inputs: dict[str, Any] = field(default_factory=dict)
     layers: list[NetworkLayers] = field(default_factory=list)
     ceilings: list[Ceiling] = field(default_factory=list)
     schema: str = SCHEMA

@@ -38,6 +38,8 @@ def parts(report: Report) -> Iterator[RenderableType]:
             if m.note or m.missing:
                 text = m.note or f"could not run: {m.missing}"
                 yield f"[yellow]note:[/] {result.case}, {label(key)}: {escape(text)}"
+    for case in report.pending:
+        yield f"[yellow]note:[/] not measured, the time was up: {escape(case)}"
     if not report.complete:
         yield "[yellow]Interrupted: the table holds what was measured until then.[/]"
     meanings = [meaning(r) for r in report.results if "fused" in r.contenders]

@@ -25,12 +25,15 @@ from fused_resnet.bench import Report, Settings
 from fused_resnet.bench import bench as run_bench
 from fused_resnet.check import check as run_check
 from fused_resnet.console import UserError, err, out
+from fused_resnet.contenders import CONTENDERS, DEFAULT
 from fused_resnet.doctor import examine
 from fused_resnet.explain import explain as run_explain
 from fused_resnet.machine import has_native_bf16
 from fused_resnet.predict import CsvWriter, Prediction, expand, read_categories
 from fused_resnet.predict import predict as run_predict
-from fused_resnet.report.compare import compare as compare_reports
+from fused_resnet.report import compare as compare_reports
+from fused_resnet.report import run as run_report
+from fused_resnet.report.run import PAGE, RESULTS
 from fused_resnet.version import __version__
 
 P = ParamSpec("P")
@@ -134,6 +137,28 @@ def bench(
         typer.Option(help="Measure first call and peak memory, each in a process of its own."),
     ] = True,
     json_file: JsonOption = None,
+    contenders: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--contenders",
+            help=f"What to compare: {', '.join(CONTENDERS)}, or all. With --report: all.",
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="DIR",
+            help="Write results.json and index.html into this folder; go on where they end.",
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", min=0, help="With --report: begin nothing after these seconds."),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="With --report: forget what the folder holds.")
+    ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
@@ -166,15 +191,21 @@ def bench(
         weights=weights,
         size=size,
         memory=memory,
+        contenders=_contenders(contenders, report),
     )
     write = _writer(json_file)
     with _progress() as tell:
-        report = run_bench(settings, tell)
-    out.print(*bench_table.parts(report), sep="\n")
-    write(report.to_dict())
-    if not report.complete:
+        if report is None:
+            found = run_bench(settings, tell)
+        else:
+            found = run_report(settings, report, budget=budget, fresh=fresh, progress=tell)
+    out.print(*bench_table.parts(found), sep="\n")
+    write(found.to_dict())
+    if report is not None:
+        out.print(f"\nWritten: {report / PAGE} and {report / RESULTS}", soft_wrap=True)
+    if not found.complete:
         raise typer.Exit(130)
-    if not report.correct:
+    if not found.correct:
         raise typer.Exit(1)
 
 
@@ -410,6 +441,13 @@ def _backends(values: list[str] | None) -> tuple[str, ...]:
         if name not in backends.NAMES:
             raise UserError(f"unknown backend {name!r}; one of {', '.join(backends.NAMES)}")
     return names
+
+
+def _contenders(values: list[str] | None, report: Path | None) -> tuple[str, ...]:
+    keys = tuple(dict.fromkeys(_split(values)))
+    if keys == ("all",) or (not keys and report is not None):
+        return tuple(CONTENDERS)
+    return keys or DEFAULT
 
 
 def _one(option: str, values: tuple[Any, ...]) -> Any:
