@@ -33,7 +33,7 @@ from fused_resnet.predict import CsvWriter, Prediction, expand, read_categories
 from fused_resnet.predict import predict as run_predict
 from fused_resnet.report import compare as compare_reports
 from fused_resnet.report import run as run_report
-from fused_resnet.report.run import PAGE, RESULTS
+from fused_resnet.report.runner import PAGE, RESULTS
 from fused_resnet.version import __version__
 
 P = ParamSpec("P")

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from fused_resnet.bench import Case, Measured, Report, Result
 from fused_resnet.cli import app
 from fused_resnet.machine import Machine
-from fused_resnet.report.compare import compare
+from fused_resnet.report.comparison import compare
 
 MACHINE = Machine("a CPU", 2, 1 << 34, "AVX512", (), (), "Linux")
 

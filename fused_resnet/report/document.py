@@ -487,13 +487,14 @@ def _figure(title: str, unit: str, chart: str, tag: str, note: str = "") -> str:
 
 def _table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> str:
     """A table whose first ``words`` columns are text; cells are HTML, the header is not."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
+    kinds = ["" if i < words else ' class="n"' for i in range(len(header))]
+    head = "".join(
+        f'<th scope="col"{kind}>{escape(name)}</th>'
+        for kind, name in zip(kinds, header, strict=True)
+    )
     body = "".join(
         "<tr>"
-        + "".join(
-            f"<td>{cell}</td>" if i < words else f'<td class="n">{cell}</td>'
-            for i, cell in enumerate(row)
-        )
+        + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True))
         + "</tr>"
         for row in rows
     )

@@ -15,7 +15,7 @@ from fused_resnet import backends, images, zoo
 from fused_resnet.bench import Progress, Report, Settings, bench, interleave
 from fused_resnet.console import UserError
 from fused_resnet.machine import machine, versions
-from fused_resnet.report.page import page
+from fused_resnet.report.document import page
 from fused_resnet.rooflines import NetworkLayers, ceiling, measure_layers
 
 RESULTS = "results.json"
