@@ -166,7 +166,7 @@ def extension() -> tuple[Extension, type[Command]]:
     arguments: dict[str, Any] = {
         "name": "fused_resnet._C",
         "sources": [
-            *("csrc/ops.cpp", "csrc/ops_cpu.cpp"),
+            *("csrc/ops.cpp", "csrc/ops_cpu.cpp", "csrc/ops_call_guard.cpp"),
             *(k for k in kernels if x86 or isa_of(k) is None),
         ],
         "include_dirs": [str(CSRC)],

@@ -1,6 +1,8 @@
 // The compiled extension fused_resnet._C: it checks tensors, hands raw pointers to the kernels, and
-// divides their work among torch's threads. Only this file and ops_cpu.cpp (the convolutions of the
-// CPU) see torch.
+// divides their work among torch's threads. Only this file, ops_cpu.cpp (the convolutions of the
+// CPU) and ops_call_guard.cpp see torch.
+
+#include "ops.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
@@ -18,7 +20,6 @@
 #include "cpu/add_relu.h"
 #include "cpu/affine_act.h"
 #include "cpu/isa.h"
-#include "ops.h"
 
 #if defined(FUSED_RESNET_CUDA_VERSION)
 #include <ATen/ops/empty.h>
@@ -518,6 +519,7 @@ PYBIND11_MODULE(_C, m) {
         "A key that changes when one of the tensors does; None if one keeps no version.");
   m.def("layout_of", &layout_of, py::arg("tensors"),
         "Shape, strides, dtype, device and layout of all tensors as one key.");
+  bind_call_guard(m);
   m.def(
       "isa", [] { return cpu::isa_name(cpu::current_isa()); },
       "The instruction-set level in use: generic, avx2 or avx512.");

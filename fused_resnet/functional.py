@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-from fused_resnet import fold
+from fused_resnet import fold, recall
 from fused_resnet import ops as _ops
 
 Size2 = int | tuple[int, int]
@@ -324,6 +324,10 @@ def conv_bn_act(
         >>> conv, bn, relu = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
         >>> y = conv_bn_act(torch.randn(1, 3, 32, 32), conv.eval(), bn.eval(), relu)
     """
+    if not torch.compiler.is_compiling():
+        recalled = recall.recall(x, conv, bn, act, residual, act_before_add)
+        if recalled is not None:
+            return recalled
     if type(x) is not Tensor and _is_proxy(x):
         return _traced(conv_bn_act, x, conv, bn, act, residual, act_before_add=act_before_add)
     relu = act is None or (type(act) is nn.ReLU and not _has_hooks(act))
@@ -337,7 +341,7 @@ def conv_bn_act(
         if act is None:
             return y + residual
         return cast(Tensor, act((act(y) if act_before_add else y) + residual))
-    x, padding = _unpadded(x, conv)
+    padded, padding = _unpadded(x, conv)
     if act is None or not relu:
         epilogue = "none" if residual is None else "add"
     elif residual is None:
@@ -345,20 +349,16 @@ def conv_bn_act(
     else:
         epilogue = "relu_add_relu" if act_before_add else "add_relu"
     scale, shift = fold.affine_of(conv, bn)
-    y = _call(
-        _conv_op,
-        x,
-        fold.weight_of(conv),
-        scale,
-        shift,
-        residual,
-        conv.stride,
-        padding,
-        conv.dilation,
-        conv.groups,
-        epilogue,
-    )
-    return cast(Tensor, y if act is None or relu else act(y))
+    weight = fold.weight_of(conv)
+    geometry = (conv.stride, padding, conv.dilation, conv.groups, epilogue)
+    y = _call(_conv_op, padded, weight, scale, shift, residual, *geometry)
+    if not relu:
+        assert act is not None
+        return cast(Tensor, act(y))
+    if padded is x and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        call = (x, conv, bn, act, residual, act_before_add)
+        recall.remember(*call, (weight, scale, shift), geometry)
+    return y
 
 
 def conv_bn_act_maxpool(
