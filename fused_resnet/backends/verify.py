@@ -81,9 +81,7 @@ def _problems(op: str, dtype: torch.dtype) -> Iterator[Problem]:
             )
 
 
-def _check(
-    kernel: Kernel, problem: Problem, device: torch.device, infinite: bool
-) -> str | None:
+def _check(kernel: Kernel, problem: Problem, device: torch.device, infinite: bool) -> str | None:
     # Drawn on the CPU from a generator of its own: the same everywhere, and no user's seed moves.
     generator = torch.Generator("cpu").manual_seed(0)
 
