@@ -20,13 +20,14 @@ COLUMNS = ("image", "index", "name", "probability", "error")
 
 
 class Decoder:
-    """From a row with a path to one with pixels [3, H, W], or with the reason why there are none."""
+    """From a row with a path to one with pixels [3, H, W], or the reason why there are none."""
 
     def __init__(self, transform: images.Transform, size: int) -> None:
         self._transform = transform
         self._blank = np.zeros((3, size, size), np.float32)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with pixels and error; pixels are blank where the photo cannot be read."""
         prepared = images.prepare(row["image"], self._transform)
         if isinstance(prepared, str):
             return {**row, "pixels": self._blank, "error": prepared}
@@ -45,6 +46,7 @@ class Classifier:
         self._run = zoo.fused(model, stock)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The best class of each photo; index -1 where there was none to read."""
         x = torch.from_numpy(np.stack(batch["pixels"])).to(self._device)
         with torch.inference_mode():
             logits = self._run(x.contiguous(memory_format=torch.channels_last))

@@ -27,18 +27,18 @@ sys.path.insert(0, str(HERE))
 from classify import Classifier, classify
 
 
-class KilledOnce(Classifier):
-    """A worker that is killed in the middle of a batch, once on this machine."""
+def killed_once(marker):
+    """A kind of worker that is killed at the end of a batch, once on this machine."""
 
-    marker = ""
-
-    def __call__(self, batch):
-        found = super().__call__(batch)
-        try:
-            Path(self.marker).touch(exist_ok=False)
-        except FileExistsError:
+    class KilledOnce(Classifier):
+        def __call__(self, batch):
+            found = super().__call__(batch)
+            if not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
             return found
-        os.kill(os.getpid(), signal.SIGKILL)
+
+    return KilledOnce
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +76,17 @@ def photos(tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_nothing_is_lost_or_doubled_when_a_worker_dies(photos, checkpoint, tmp_path, monkeypatch):
+def test_nothing_is_lost_or_doubled_when_a_worker_dies(photos, checkpoint, tmp_path):
     model, weights = checkpoint
     marker = tmp_path.parent / f"{tmp_path.name}-killed"
-    monkeypatch.setattr(KilledOnce, "marker", str(marker))
     output = tmp_path.parent / f"{tmp_path.name}.csv"
     failed = classify(
-        photos, output, model="resnet18", weights=str(weights), batch=4, classifier=KilledOnce
+        photos,
+        output,
+        model="resnet18",
+        weights=str(weights),
+        batch=4,
+        classifier=killed_once(marker),
     )
     assert marker.exists()
     assert failed == 2
