@@ -130,7 +130,7 @@ def measure_layers(model: nn.Module, x: Tensor, time: Timer | None = None) -> li
         model(x)
     found = []
     for op in recorder.ops.values():
-        calls = {"fused": op.call, "stock": _stock_call(op.problem, op.operands)}
+        calls = {"fused": op.call, "stock": stock_call(op.problem, op.operands)}
         seconds = time(calls) if time is not None else {"fused": [], "stock": []}
         found.append(
             LayerTime(
@@ -208,7 +208,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def _stock_call(problem: ConvProblem, operands: Sequence[Tensor]) -> Callable[[], Tensor]:
+def stock_call(problem: ConvProblem, operands: Sequence[Tensor]) -> Callable[[], Tensor]:
     """Stock torch's calls for the op, in place where torchvision's modules work in place."""
     x, weight, scale, shift, *rest = operands
     mean, var = torch.zeros_like(scale), torch.ones_like(scale)
