@@ -186,7 +186,7 @@ def _figures(results: Sequence[Result]) -> Iterator[str]:
     for title, unit, draw, note in (
         ("First call", "s, lower is better", _first_call, "In a fresh process, from the loaded "
          "stock model to the first result: fusing, verifying, packing, compiling."),
-        ("Memory", "peak in MB above the loaded stock model", _memory, "In that process."),
+        ("Memory", "peak in MB above the loaded stock model", _memory, "In a fresh process, at the peak of three calls."),
     ):  # fmt: skip
         chart = _bars(results, draw)
         if chart:
