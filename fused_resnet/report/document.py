@@ -19,6 +19,12 @@ from fused_resnet.rooflines import Ceiling, LayerTime, NetworkLayers
 #: Single calls that a percentile needs at least, so that it is not just the slowest call.
 _CALLS = {50: 1, 90: 10, 99: 100}
 
+_FIRST_CALL = (
+    "In a fresh process, from the loaded stock model to the first result: fusing, verifying, "
+    "packing, compiling. What compilers and tuning keep on disk is there already."
+)
+_PEAK = "At the peak of three calls in a fresh process."
+
 _MEASURED = '<span class="tag measured">measured</span>'
 _PREDICTED = '<span class="tag predicted">predicted</span>'
 
@@ -184,10 +190,9 @@ def _figures(results: Sequence[Result]) -> Iterator[str]:
             "Disc: p50, ring: p90, stroke: p99 (only from 100 calls on).",
         )  # fmt: skip
     for title, unit, draw, note in (
-        ("First call", "s, lower is better", _first_call, "In a fresh process, from the loaded "
-         "stock model to the first result: fusing, verifying, packing, compiling."),
-        ("Memory", "peak in MB above the loaded stock model", _memory, "In a fresh process, at the peak of three calls."),
-    ):  # fmt: skip
+        ("First call", "s, lower is better", _first_call, _FIRST_CALL),
+        ("Memory", "peak in MB above the loaded stock model", _memory, _PEAK),
+    ):
         chart = _bars(results, draw)
         if chart:
             yield _figure(title, unit, chart, _MEASURED, note)
