@@ -17,6 +17,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 comma := ,
 PINNED := $(if $(filter .venv,$(VENV)),$(comma)pinned)
 
+EXAMPLES_BIN := $(abspath build/examples-venv)/bin
+
 # An editable install builds nothing: build/setup/extension compiles in place and incrementally,
 # against the very torch that the environment runs. Build isolation would bring a torch of its own.
 EDITABLE := FUSED_RESNET_EXTENSION=0 $(PIP) --no-build-isolation --editable
@@ -28,7 +30,8 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 # One thread each, since JOBS processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: help bench test quick test-slow sanitize certify lint format clean distclean FORCE
+.PHONY: help bench test quick test-slow sanitize certify docs examples lint format clean distclean \
+  FORCE
 
 help:
 	@echo 'make bench      compare fused networks with stock torch on real photos'
@@ -37,6 +40,8 @@ help:
 	@echo 'make test-slow  the tests that take long'
 	@echo 'make sanitize   the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make certify    compile the GPU kernels for every GPU and judge the machine code (no GPU)'
+	@echo 'make docs       build the documentation into build/site; a warning is an error'
+	@echo 'make examples   test examples/ (Ray Data, LitServe), in an environment of their own'
 	@echo 'make format     format the Python and C++ sources'
 	@echo 'make clean      remove what was built and cached (make distclean: .venv too)'
 	@echo 'Each first sets up what it needs. VENV=, PYTHON=, ARGS=: see the top of the Makefile.'
@@ -63,6 +68,14 @@ certify: $(DONE)/dev
 	TRITON_CACHE_DIR=$(abspath .cache/triton) $(BIN)/python benchmarks/certify_triton.py \
 	  --jobs $(JOBS) $(ARGS)
 	$(BIN)/python -m benchmarks.certify_cuda
+
+docs: $(DONE)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'Built: build/site/index.html'
+
+# Their packages are many, so they get an environment on top of this one.
+examples: $(DONE)/examples $(DONE)/extension
+	$(EXAMPLES_BIN)/python -m pytest examples $(ARGS)
 
 lint: $(DONE)/dev
 	$(BIN)/ruff check .
@@ -109,6 +122,19 @@ $(DONE)/bench: $(DONE)/base
 
 $(DONE)/dev: $(DONE)/base
 	$(EDITABLE) '.[test,lint$(PINNED)]'
+	@touch $@
+
+$(DONE)/docs: $(DONE)/base
+	$(EDITABLE) '.[docs$(PINNED)]'
+	@touch $@
+
+$(DONE)/examples: $(DONE)/dev examples/ray_batch/requirements.txt examples/serve/requirements.txt
+	$(BIN)/python -m venv build/examples-venv
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; \
+	  print(sysconfig.get_path('purelib'))")')" \
+	  > $$($(EXAMPLES_BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
+	$(EXAMPLES_BIN)/python -m pip --disable-pip-version-check --quiet install \
+	  -r examples/ray_batch/requirements.txt -r examples/serve/requirements.txt
 	@touch $@
 
 $(DONE)/extension: $(DONE)/base $(SOURCES)

@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from fused_resnet.contenders import CONTENDERS, Run
 from fused_resnet.machine import Machine, machine, versions
 from fused_resnet.optimize import optimize
 from fused_resnet.probe import Probe, ProbeTask, clock, measure
+from fused_resnet.rooflines import Ceiling, NetworkLayers
 
 #: Name and version of the format of reports; a reader refuses another.
 SCHEMA = "fused_resnet.bench/1"
@@ -92,6 +94,7 @@ class Measured:
             need not meet it, is always taken for correct.
         seconds: of one call, one value a round.
         calls: calls in a block, of which a value in ``seconds`` is the mean.
+        latencies: seconds of single calls, in the order in which they ran; empty if not asked for.
         first_call: see `Probe`.
         peak_memory: see `Probe`.
         memory_method: see `Probe`.
@@ -104,6 +107,7 @@ class Measured:
     correct: bool = True
     seconds: list[float] = field(default_factory=list)
     calls: int = 0
+    latencies: list[float] = field(default_factory=list)
     first_call: float | None = None
     peak_memory: int | None = None
     memory_method: str = ""
@@ -168,6 +172,10 @@ class Report:
         results: one for each case, in the order in which they ran.
         complete: False if the run was interrupted.
         notes: what a reader should know: random weights, skipped photos, warnings.
+        pending: cases that the time budget left out, in words.
+        inputs: settings that every case shares; filled by ``bench --report`` only.
+        layers: see `rooflines`; filled by ``bench --report`` only.
+        ceilings: likewise.
         schema: `SCHEMA`.
     """
 
@@ -178,6 +186,10 @@ class Report:
     results: list[Result] = field(default_factory=list)
     complete: bool = True
     notes: list[str] = field(default_factory=list)
+    pending: list[str] = field(default_factory=list)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    layers: list[NetworkLayers] = field(default_factory=list)
+    ceilings: list[Ceiling] = field(default_factory=list)
     schema: str = SCHEMA
 
     @property
@@ -190,8 +202,11 @@ class Report:
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write the report as JSON: all of it, or nothing if the process ends meanwhile."""
+        path = Path(path)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        partial.replace(path)
 
     @staticmethod
     def load(path: str | Path) -> Report:
@@ -217,7 +232,11 @@ class Report:
             r["case"]["backends"] = tuple(r["case"]["backends"])
             measured = {k: Measured(**m) for k, m in r["contenders"].items()}
             results.append(Result(Case(**r["case"]), measured))
-        return Report(machine=Machine(**facts), results=results, **data)
+        layers = [NetworkLayers.from_dict(d) for d in data.pop("layers", [])]
+        ceilings = [Ceiling(**d) for d in data.pop("ceilings", [])]
+        return Report(
+            machine=Machine(**facts), results=results, layers=layers, ceilings=ceilings, **data
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,6 +266,7 @@ def interleave(
     seconds: float,
     min_rounds: int = _MIN_ROUNDS,
     max_rounds: int = _MAX_ROUNDS,
+    single: bool = False,
     on_round: Callable[[float], None] | None = None,
 ) -> Rounds:
     """Time several functions in turn.
@@ -257,6 +277,8 @@ def interleave(
         seconds: stop after the round in which this time has passed, warm-up included.
         min_rounds: but never before this many rounds.
         max_rounds: and never after this many.
+        single: one call a round, however short, for the distribution of latencies; by default
+            short calls are timed in blocks.
         on_round: called with the share of the time that has passed.
 
     Returns:
@@ -273,7 +295,7 @@ def interleave(
         for name in names:
             for x in inputs[name]:
                 once = _block(runs[name], [x])
-            done.calls[name] = max(1, math.ceil(_BLOCK_SECONDS / once))
+            done.calls[name] = 1 if single else max(1, math.ceil(_BLOCK_SECONDS / once))
         for i in range(max_rounds):
             passed = time.perf_counter() - start
             if passed >= seconds and i >= min_rounds:
@@ -323,6 +345,7 @@ class Settings:
         memory: whether to measure first call and memory, in fresh processes.
         contenders: keys of `contenders.CONTENDERS`, stock torch among them.
         tune: whether kernels are measured first, so that the fused networks choose by that.
+        latency: whether to time single calls too.
     """
 
     models: tuple[str, ...] = ("resnet50",)
@@ -338,9 +361,17 @@ class Settings:
     memory: bool = True
     contenders: tuple[str, ...] = contenders.DEFAULT
     tune: bool = False
+    latency: bool = False
 
 
-def bench(settings: Settings, progress: Progress | None = None) -> Report:
+def bench(
+    settings: Settings,
+    progress: Progress | None = None,
+    *,
+    report: Report | None = None,
+    on_case: Callable[[Report], None] | None = None,
+    budget: float | None = None,
+) -> Report:
     """Compare networks as ``settings`` say.
 
     Ctrl-C ends the run; the report then holds what was measured until then, marked as incomplete.
@@ -348,18 +379,23 @@ def bench(settings: Settings, progress: Progress | None = None) -> Report:
     Args:
         settings: what to compare.
         progress: told what is going on.
+        report: of an earlier run with like settings: its cases are kept and not measured again.
+        on_case: called with the report whenever a case is complete.
+        budget: seconds after which no further case begins; those left out are ``report.pending``.
 
     Raises:
         UserError: see `zoo.load` and `images.load`; unknown contenders, or no stock torch.
     """
     _check_contenders(settings.contenders)
-    report = Report(
+    report = report or Report(
         machine=machine(),
         versions=versions(),
         command=list(sys.argv),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     tell = progress or (lambda _text, _share: None)
+    deadline = math.inf if budget is None else time.monotonic() + budget
+    report.complete, report.pending = True, []
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
@@ -369,7 +405,7 @@ def bench(settings: Settings, progress: Progress | None = None) -> Report:
             _forced(settings.backends),
             tempfile.TemporaryDirectory(prefix="fused_resnet_") as scratch,
         ):
-            _bench(settings, report, tell, Path(scratch))
+            _bench(settings, report, tell, on_case or (lambda _report: None), deadline, scratch)
     except KeyboardInterrupt:
         report.complete = False
     finally:
@@ -385,31 +421,54 @@ def _check_contenders(keys: Sequence[str]) -> None:
         raise UserError("errors are compared with stock torch's: add the contender stock_nhwc")
 
 
-def _bench(settings: Settings, report: Report, tell: Progress, scratch: Path) -> None:
-    cases = len(settings.models) * len(settings.dtypes) * len(settings.batches)
-    for model in settings.models:
-        tell(f"{model}: loading", len(report.results) / cases)
-        network = zoo.load(model, weights=settings.weights, size=settings.size)
-        photos = images.load(
-            settings.folder,
-            transform=network.transform,
-            limit=max(_CHECKED, *settings.batches),
-        )
-        _note_inputs(report.notes, network, photos)
-        zoo.settle(network, photos.batch(_CHECKED))
-        torch.save(network.model.state_dict(), scratch / "weights.pt")
-        for dtype in settings.dtypes:
-            stage = _Stage(settings, network, photos, dtype, scratch)
-            for batch in settings.batches:
-                done = len(report.results)
+def _bench(
+    settings: Settings,
+    report: Report,
+    tell: Progress,
+    on_case: Callable[[Report], None],
+    deadline: float,
+    scratch: str,
+) -> None:
+    known = {(r.case.model, r.case.dtype, r.case.batch) for r in report.results}
+    names = {dtype: str(dtype).removeprefix("torch.") for dtype in settings.dtypes}
+    todo = [
+        (model, dtype, batch)
+        for model, dtype, batch in product(settings.models, settings.dtypes, settings.batches)
+        if (model, names[dtype], batch) not in known
+    ]
+    network, photos, stage = None, None, None
+    for i, (model, dtype, batch) in enumerate(todo):
+        if time.monotonic() > deadline:
+            report.pending = [f"{m}, batch {b}, {names[d]}" for m, d, b in todo[i:]]
+            return
+        if network is None or photos is None or network.name != model:
+            tell(f"{model}: loading", i / len(todo))
+            network, photos = _loaded(model, settings, report.notes)
+            torch.save(network.model.state_dict(), Path(scratch) / "weights.pt")
+            stage = None
+        if stage is None or stage.dtype != dtype:
+            stage = _Stage(settings, network, photos, dtype, Path(scratch))
 
-                def share(text: str, part: float, done: int = done) -> None:
-                    tell(text, (done + part) / cases)
+        def share(text: str, part: float, done: int = i) -> None:
+            tell(text, (done + part) / len(todo))
 
-                result = Result(stage.case(batch), {})
-                report.results.append(result)
-                with torch.inference_mode():
-                    stage.measure(result, settings.seconds / cases, share)
+        result = Result(stage.case(batch), {})
+        report.results.append(result)
+        with torch.inference_mode():
+            stage.measure(result, settings.seconds / len(todo), share)
+        on_case(report)
+
+
+def _loaded(model: str, settings: Settings, notes: list[str]) -> tuple[zoo.Network, images.Photos]:
+    network = zoo.load(model, weights=settings.weights, size=settings.size)
+    photos = images.load(
+        settings.folder,
+        transform=network.transform,
+        limit=max(_CHECKED, *settings.batches),
+    )
+    _note_inputs(notes, network, photos)
+    zoo.settle(network, photos.batch(_CHECKED))
+    return network, photos
 
 
 class _Stage:
@@ -463,12 +522,19 @@ class _Stage:
         rounds = interleave(
             {key: runs[key] for key in good},
             inputs,
-            seconds=seconds,
+            seconds=seconds * (0.7 if self.settings.latency else 1.0),
             on_round=lambda part: tell(f"{case}: timing", 0.2 + 0.5 * part),
         )
         for key in good:
             result.contenders[key].seconds = rounds.seconds[key]
             result.contenders[key].calls = rounds.calls[key]
+        if rounds.complete and self.settings.latency:
+            tell(f"{case}: single calls", 0.7)
+            rounds = interleave(
+                {key: runs[key] for key in good}, inputs, seconds=0.3 * seconds, single=True
+            )
+            for key in good:
+                result.contenders[key].latencies = rounds.seconds[key]
         if not rounds.complete:
             raise KeyboardInterrupt
         if self.settings.memory:

@@ -12,7 +12,8 @@ from fused_resnet.bench import Measured, Report, Result, Spread
 from fused_resnet.console import duration, megabytes, table
 from fused_resnet.contenders import is_ours, label
 
-_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+#: Names of dtypes as tables print them.
+SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 _LEGEND = (
     "All figures are measured. img/s: median over rounds in which the contenders took turns. "
@@ -37,6 +38,8 @@ def parts(report: Report) -> Iterator[RenderableType]:
             if m.note or m.missing:
                 text = m.note or f"could not run: {m.missing}"
                 yield f"[yellow]note:[/] {result.case}, {label(key)}: {escape(text)}"
+    for case in report.pending:
+        yield f"[yellow]note:[/] not measured, the time was up: {escape(case)}"
     if not report.complete:
         yield "[yellow]Interrupted: the table holds what was measured until then.[/]"
     meanings = [meaning(r) for r in report.results if "fused" in r.contenders]
@@ -49,7 +52,7 @@ def parts(report: Report) -> Iterator[RenderableType]:
 def meaning(result: Result) -> str:
     """The result of one case in a sentence."""
     case, fused = result.case, result.contenders["fused"]
-    what = f"{case.model}, batch {case.batch}, {_SHORT.get(case.dtype, case.dtype)}"
+    what = f"{case.model}, batch {case.batch}, {SHORT_DTYPES.get(case.dtype, case.dtype)}"
     if not fused.correct:
         return f"[red]{what}: the fused network is WRONG and was not timed: {escape(fused.note)}[/]"
     nchw, nhwc = result.speedup("fused", "stock_nchw"), result.speedup("fused", "stock_nhwc")
@@ -83,7 +86,7 @@ def _network(model: str, results: list[Result]) -> Iterator[RenderableType]:
     for name in ("", "", "img/s", "vs NCHW", "vs NHWC", "first", "memory", "error", "class"):
         rows.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
     for result in results:
-        what = f"{_SHORT.get(result.case.dtype, result.case.dtype)} x{result.case.batch}"
+        what = f"{SHORT_DTYPES.get(result.case.dtype, result.case.dtype)} x{result.case.batch}"
         for key, measured in result.contenders.items():
             rows.add_row(what, *_cells(result, key, measured))
             what = ""

@@ -1,4 +1,4 @@
-"""The command line ``fused-resnet bench | check | explain | doctor`` (``python -m fused_resnet``).
+"""The command line ``fused-resnet bench | predict | check | explain | doctor``.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 all is well; 1 a
 check failed or something must be mended; 2 the command cannot be carried out as given; 130
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
@@ -19,18 +20,27 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from fused_resnet import backends, bench_table, contenders, images, zoo
-from fused_resnet.bench import Settings
+from fused_resnet import backends, bench_table, images, zoo
+from fused_resnet.bench import Report, Settings
 from fused_resnet.bench import bench as run_bench
 from fused_resnet.check import check as run_check
 from fused_resnet.console import UserError, err, out
+from fused_resnet.contenders import CONTENDERS, DEFAULT, PEERS
 from fused_resnet.doctor import examine
 from fused_resnet.explain import explain as run_explain
 from fused_resnet.machine import has_native_bf16
 from fused_resnet.optimize import optimize
+from fused_resnet.predict import CsvWriter, Prediction, expand, read_categories
+from fused_resnet.predict import predict as run_predict
+from fused_resnet.report import compare as compare_reports
+from fused_resnet.report import run as run_report
+from fused_resnet.report.runner import PAGE, RESULTS
 from fused_resnet.version import __version__
 
 P = ParamSpec("P")
+
+#: What ``-`` means where a file to write is asked for.
+STDOUT = Path("-")
 
 app = typer.Typer(
     name="fused-resnet",
@@ -140,11 +150,47 @@ def bench(
             "--tune", help="Measure kernels first, and keep what was measured for all later runs."
         ),
     ] = False,
+    contenders: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--contenders",
+            help=f"What to compare: {', '.join(CONTENDERS)}, or all. With --report: all.",
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="DIR",
+            help="Write results.json and index.html into this folder; go on where they end.",
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", min=0, help="With --report: begin nothing after these seconds."),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="With --report: forget what the folder holds.")
+    ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            "--compare",
+            metavar="OLD.json NEW.json",
+            help="Measure nothing; compare two reports. Exit code 1 on a regression.",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0, help="With --compare: smaller changes are noise.")
+    ] = 0.05,
 ) -> None:
     """Compare fused networks with stock PyTorch on real photos: speed, memory and error.
 
     Without arguments: ResNet-50, batch 1 and 16, fp32, and bf16 where the device computes in it.
     """
+    if compare is not None:
+        _compare(*compare, threshold, _writer(json_file))
+        return
     where = _device(device)
     settings = Settings(
         models=tuple(models or ["resnet50"]),
@@ -158,17 +204,106 @@ def bench(
         weights=weights,
         size=size,
         memory=memory,
-        contenders=(*contenders.DEFAULT, *(contenders.PEERS if peers else ())),
+        contenders=_contenders(contenders, report, peers),
         tune=tune,
     )
     write = _writer(json_file)
     with _progress() as tell:
-        report = run_bench(settings, tell)
-    out.print(*bench_table.parts(report), sep="\n")
-    write(report.to_dict())
-    if not report.complete:
+        if report is None:
+            found = run_bench(settings, tell)
+        else:
+            found = run_report(settings, report, budget=budget, fresh=fresh, progress=tell)
+    out.print(*bench_table.parts(found), sep="\n")
+    write(found.to_dict())
+    if report is not None:
+        out.print(f"\nWritten: {report / PAGE} and {report / RESULTS}", soft_wrap=True)
+    if not found.complete:
         raise typer.Exit(130)
-    if not report.correct:
+    if not found.correct:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_command
+def predict(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or folders of them.")
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", help=f"{_NAMES}.")] = "resnet50",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights", help="An entry of the model's zoo, by default DEFAULT; or 'random'."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="Weights of your own: a state_dict, or safetensors."),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", help="Names of the classes: one a line, or a JSON list."),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Classes for each image.")] = 5,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="Images in one call.")] = 16,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    backend: BackendOption = None,
+    threads: ThreadsOption = None,
+    size: SizeOption = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result to this file; - to print it.")
+    ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Write the result to this file; - to print it.")
+    ] = None,
+) -> None:
+    """Classify images: the best classes of each, with their probabilities.
+
+    Ends with exit code 1 if an image could not be read; the others are classified all the same.
+    """
+    where, d = _device(device), _one("--dtype", _dtypes(dtype) or (torch.float32,))
+    if checkpoint is not None and weights is not None:
+        raise UserError("--weights and --checkpoint exclude each other")
+    files = expand(paths)
+    categories = read_categories(labels) if labels is not None else ()
+    printed = STDOUT not in (json_file, csv_file)
+    done: list[Prediction] = []
+    with contextlib.ExitStack() as stack:
+        rows = stack.enter_context(_csv(csv_file))
+        write = _writer(json_file)
+        tell = stack.enter_context(_progress())
+        stack.enter_context(_threads(threads))
+        stack.enter_context(_forced(_backends(backend)))
+        tell(f"{model}: loading", 0.0)
+        source = f"{checkpoint}" if checkpoint is not None else weights or "DEFAULT"
+        network = zoo.load(model, weights=None if source == "random" else source, size=size)
+        if network.random:
+            err.print("[yellow]note:[/] the weights are random: the classes mean nothing")
+        found = run_predict(
+            zoo.fused(model, zoo.converted(network, d, where, channels_last=True)),
+            files,
+            network.transform,
+            categories=categories or network.categories,
+            top=top,
+            batch=batch,
+            dtype=d,
+            device=where,
+        )
+        # What was classified before Ctrl-C is kept.
+        stack.callback(lambda: write(_predicted(model, network, done)))
+        for prediction in found:
+            done.append(prediction)
+            tell(f"{len(done)} of {len(files)} images", len(done) / len(files))
+            rows(prediction)
+            if prediction.error:
+                reason = escape(f"{prediction.image}: {prediction.error}")
+                err.print(f"[yellow]skipped[/] {reason}", soft_wrap=True)
+            elif printed:
+                out.print(str(prediction), markup=False, soft_wrap=True)
+    skipped = sum(bool(p.error) for p in done)
+    if skipped:
+        err.print(f"{skipped} of {len(files)} images could not be read")
         raise typer.Exit(1)
 
 
@@ -332,6 +467,13 @@ def _backends(values: list[str] | None) -> tuple[str, ...]:
     return names
 
 
+def _contenders(values: list[str] | None, report: Path | None, peers: bool) -> tuple[str, ...]:
+    keys = tuple(dict.fromkeys(_split(values)))
+    if keys == ("all",) or (not keys and report is not None):
+        return tuple(CONTENDERS)
+    return tuple(dict.fromkeys((*(keys or DEFAULT), *(PEERS if peers else ()))))
+
+
 def _one(option: str, values: tuple[Any, ...]) -> Any:
     if len(values) > 1:
         raise UserError(f"{option} takes one value here, got {len(values)}")
@@ -355,6 +497,16 @@ def _load(
 def _print_skipped(photos: images.Photos) -> None:
     for name, reason in photos.skipped:
         out.print(f"[yellow]note:[/] {escape(f'{name} was skipped: {reason}')}")
+
+
+def _compare(
+    old: Path, new: Path, threshold: float, write: Callable[[dict[str, Any]], None]
+) -> None:
+    comparison = compare_reports(Report.load(old), Report.load(new), threshold)
+    out.print(comparison)
+    write(comparison.to_dict())
+    if not comparison.passed:
+        raise typer.Exit(1)
 
 
 @contextlib.contextmanager
@@ -394,10 +546,9 @@ def _writer(path: Path | None) -> Callable[[dict[str, Any]], None]:
     """A function that writes the JSON file; that it can be written is known before the work."""
     if path is None:
         return lambda _data: None
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    if path == STDOUT:
+        return lambda data: typer.echo(json.dumps(data, indent=1))
+    _check_writable(path)
 
     def write(data: dict[str, Any]) -> None:
         try:
@@ -406,3 +557,32 @@ def _writer(path: Path | None) -> Callable[[dict[str, Any]], None]:
             raise UserError(f"cannot write {path}: {e.strerror}") from None
 
     return write
+
+
+@contextlib.contextmanager
+def _csv(path: Path | None) -> Iterator[Callable[[Prediction], None]]:
+    """A function that adds a prediction to the CSV file."""
+    if path is None:
+        yield lambda _prediction: None
+    elif path == STDOUT:
+        yield CsvWriter(sys.stdout).write
+    else:
+        _check_writable(path)
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            yield CsvWriter(stream).write
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def _predicted(model: str, network: zoo.Network, done: list[Prediction]) -> dict[str, Any]:
+    return {
+        "model": model,
+        "weights": network.weights,
+        "predictions": [p.to_dict() for p in done if not p.error],
+        "skipped": [p.to_dict() for p in done if p.error],
+    }

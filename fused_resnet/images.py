@@ -7,10 +7,11 @@ to [0, 1] and normalised by ImageNet's mean and deviation.
 from __future__ import annotations
 
 import importlib.util
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ _SAMPLES = (
 # Of ImageNet's training set, in each channel, as all of torchvision's weights expect it.
 _MEAN = [0.485, 0.456, 0.406]
 _STD = [0.229, 0.224, 0.225]
+
+# Resized by its shorter side, a thinner strip would fill the memory.
+_MAX_ASPECT = 50
 
 Transform = Callable[[Any], Tensor]
 
@@ -177,22 +181,37 @@ def read(
     names: list[str] = []
     skipped: list[tuple[str, str]] = []
     for path in paths:
-        decoded = _decode(path)
-        if isinstance(decoded, str):
-            skipped.append((path.name, decoded))
+        prepared = prepare(path, transform)
+        if isinstance(prepared, str):
+            skipped.append((path.name, prepared))
         else:
-            pixels.append(transform(decoded))
+            pixels.append(prepared)
             names.append(path.name)
     return pixels, names, skipped
 
 
-def _decode(path: Path) -> Any:
-    """The file's image in RGB, or a sentence that says why it cannot be read."""
-    from PIL import Image
+def prepare(file: str | Path | IO[bytes], transform: Transform) -> Tensor | str:
+    """Decode one image, upright as its EXIF data say, and prepare it for a network.
+
+    Args:
+        file: path, or an open binary file.
+        transform: from an image of PIL (RGB) to a tensor.
+
+    Returns:
+        The tensor, or a sentence that says why the file cannot be read.
+
+    Example:
+        >>> prepare("dog.jpg", standard_transform()).shape
+        torch.Size([3, 224, 224])
+    """
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with Image.open(file) as image:
+            if max(image.size) > _MAX_ASPECT * min(image.size):
+                return f"{image.width} x {image.height} pixels are too narrow for a photo"
+            upright = ImageOps.exif_transpose(image)
+            return transform(upright.convert("RGB"))
     # What PIL raises for a broken file depends on the format and on where it breaks.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as e:
         return str(e).splitlines()[0] if str(e) else type(e).__name__

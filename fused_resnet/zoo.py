@@ -11,15 +11,17 @@ A name is one of
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
+import functools
 import importlib
 import inspect
 import operator
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -51,6 +53,7 @@ class Network:
         random: whether they are random.
         size: of the images it is meant for.
         transform: from an image of PIL to [3, size, size].
+        categories: names of its classes, in order; empty where they are not known.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Network:
     random: bool
     size: int
     transform: Transform
+    categories: tuple[str, ...] = ()
 
 
 def names() -> list[str]:
@@ -217,27 +221,38 @@ def _load_named(name: str, weights: str | None, size: int | None) -> Network:
     transform = standard_transform(size)
     state = None
     words = "random weights"
+    categories: tuple[str, ...] = ()
     if weights is not None and not checkpoints.is_path(weights):
         with _explained(name, weights):
             entry = checkpoints.torchvision_entry(name, weights)
             state, words = entry.get_state_dict(progress=True, check_hash=True), str(entry)
+        categories = tuple(entry.meta.get("categories", ()))
         if size == _INPUT_SIZES.get(name, 224):
             transform = entry.transforms()
-    if name in zoo:
-        from torchvision.models import get_model, get_model_builder
 
-        options: dict[str, Any] = {"weights": None}
-        if "weights_backbone" in inspect.signature(get_model_builder(name)).parameters:
-            options["weights_backbone"] = None  # It would be downloaded otherwise.
-        model = get_model(name, **options)
-    else:
+    def build(**kwargs: Any) -> nn.Module:
+        if name in zoo:
+            return _torchvision_model(name, **kwargs)
         assert own is not None
-        model = unfused(own())
+        return unfused(own(**kwargs))
+
     if state is not None:
+        model = build()
         model.load_state_dict(state)
     elif weights is not None:
-        words = _load_file(model, name, weights)
-    return Network(name, model, words, weights is None, size, transform)
+        model, words = _load_file(build, name, weights), weights
+    else:
+        model = build()
+    return Network(name, model, words, weights is None, size, transform, categories)
+
+
+def _torchvision_model(name: str, **kwargs: Any) -> nn.Module:
+    from torchvision.models import get_model, get_model_builder
+
+    options: dict[str, Any] = {"weights": None, **kwargs}
+    if "weights_backbone" in inspect.signature(get_model_builder(name)).parameters:
+        options["weights_backbone"] = None  # It would be downloaded otherwise.
+    return cast(nn.Module, get_model(name, **options))
 
 
 def _load_timm(name: str, weights: str | None, size: int | None) -> Network:
@@ -255,16 +270,20 @@ def _load_timm(name: str, weights: str | None, size: int | None) -> Network:
         short = f"{short}.{weights}"
     with _explained(name, weights):
         model = timm.create_model(short, pretrained=pretrained)
+    if weights is not None and not pretrained:
+        model = _load_file(functools.partial(timm.create_model, short), name, weights)
     config = data.resolve_model_data_config(model)
     if size is None:
         transform: Transform = data.create_transform(**config, is_training=False)
         size = config["input_size"][-1]
     else:
         transform = standard_transform(size)
-    words = f"timm's {short}" if pretrained else "random weights"
-    if weights is not None and not pretrained:
-        words = _load_file(model, name, weights)
-    return Network(name, model, words, weights is None, cast(int, size), transform)
+    words = f"timm's {short}" if pretrained else weights or "random weights"
+    categories: tuple[str, ...] = ()
+    subset = data.infer_imagenet_subset(model) if pretrained else None
+    if subset is not None:
+        categories = tuple(data.ImageNetInfo(subset).label_descriptions())
+    return Network(name, model, words, weights is None, cast(int, size), transform, categories)
 
 
 def _load_callable(name: str, weights: str | None, size: int | None) -> Network:
@@ -288,15 +307,34 @@ def _load_callable(name: str, weights: str | None, size: int | None) -> Network:
         raise UserError(f"{name} must return an nn.Module, it returned {type(model).__name__}")
     words = "weights as the callable made them"
     if weights is not None:
-        words = _load_file(model, name, weights)
+        loaded = model
+        model, words = _load_file(lambda: loaded, name, weights), weights
     size = size or 224
     return Network(name, model, words, False, size, standard_transform(size))
 
 
-def _load_file(model: nn.Module, name: str, path: str) -> str:
+def _load_file(build: Callable[..., nn.Module], name: str, path: str) -> nn.Module:
+    """A model with the weights of a file, and with as many classes as they are for."""
     with _explained(name, path):
-        model.load_state_dict(checkpoints.load_file(path))
-    return path
+        state = checkpoints.load_file(path)
+        model = build()
+        classes = _other_classes(model, state)
+        if classes is not None:
+            # A builder that does not take the number keeps its own, which then does not fit.
+            with contextlib.suppress(TypeError):
+                model = build(num_classes=classes)
+        model.load_state_dict(state)
+    return model
+
+
+def _other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """The number of classes in ``state`` if it differs from the model's in nothing else."""
+    changes = {
+        (mine.shape[0], state[key].shape[0])
+        for key, mine in model.state_dict().items()
+        if key in state and mine.shape != state[key].shape and mine.dim() and state[key].dim()
+    }
+    return changes.pop()[1] if len(changes) == 1 else None
 
 
 @contextmanager
