@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fused_resnet import backends, functional, nodes, patterns, tracing
+from fused_resnet import backends, functional, hooks, nodes, patterns, tracing
 from fused_resnet.fold import affine_of, uses_batch_statistics, weight_of
 from fused_resnet.fuse import _mode, _rewrite, clone, reject_unsupported, restore_classes
 from fused_resnet.patterns import Site
@@ -337,11 +337,7 @@ class _Search:
         graph = self.trace.graph
         for node in list(graph.nodes):
             module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-            if (
-                type(module) is nn.Identity
-                and not tracing.has_hooks(module)
-                and len(node.args) == 1
-            ):
+            if type(module) is nn.Identity and not hooks.is_on(module) and len(node.args) == 1:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
 
@@ -415,7 +411,7 @@ class _Search:
 
     def _hooked(self, *paths: str) -> str | None:
         """The first of these modules that has a hook."""
-        found = (p for p in paths if tracing.has_hooks(self.model.get_submodule(p)))
+        found = (p for p in paths if hooks.is_on(self.model.get_submodule(p)))
         return next(found, None)
 
     # ------------------------------------------------------------------------------------- blocks
@@ -547,7 +543,7 @@ class _Search:
         if len(readers) == 1 and readers[0].op == "call_module":
             pool = self.modules[str(readers[0].target)]
             once = isinstance(pool, nn.AdaptiveAvgPool2d) and pool.output_size in (1, (1, 1))
-            if once and not tracing.has_hooks(pool):
+            if once and not hooks.is_on(pool):
                 block.store, block.pool = "pool", readers[0]
 
     def chains(self) -> list[Chain]:

@@ -21,7 +21,6 @@ from fused_resnet import backends
 from fused_resnet.ops import (
     _LIB,
     _autocast,
-    _channels_last,
     _check_dense,
     _check_layout,
     _check_same,
@@ -29,6 +28,7 @@ from fused_resnet.ops import (
     _layout_of,
     _remember,
     _remembered,
+    channels_last,
 )
 from fused_resnet.problem import STORES, ChainProblem, channels_last_strides
 
@@ -142,7 +142,7 @@ def _bottleneck_chain(*arguments: Any) -> tuple[Tensor, Tensor]:
     if mid.shape[0] == 0:
         return _empty(mid, problem)
     out, following = backends.run(choice, *args)
-    return _channels_last(out), _channels_last(following)
+    return channels_last(out), _channels_last(following)
 
 
 def _empty(mid: Tensor, problem: ChainProblem) -> tuple[Tensor, Tensor]:
