@@ -253,6 +253,11 @@ def _is_relu(act: object) -> bool:
     return type(act) is nn.ReLU and not hooks.is_seen(act)
 
 
+def _autocasts(conv: nn.Module) -> bool:
+    device = fold.weight_of(cast(nn.Conv2d, conv)).device
+    return torch.is_autocast_enabled(device.type)
+
+
 def why_stock(conv: nn.Module, bn: nn.Module | None) -> str | None:
     """None if ``conv`` and ``bn``, as they are now, run as one fused op, else why they do not."""
     if not fold.is_plain_conv(conv):
@@ -262,6 +267,8 @@ def why_stock(conv: nn.Module, bn: nn.Module | None) -> str | None:
         return reason
     if fold.uses_batch_statistics(bn):
         return "the batch norm is in train mode and normalises by the batch's statistics"
+    if fold.is_frozen_norm(type(bn)) and _autocasts(conv):
+        return "under autocast a frozen batch norm promotes its input to the dtype of its buffers"
     if hooks.is_on(conv) or (bn is not None and hooks.is_on(bn)):
         return "a hook is registered on the convolution or the batch norm"
     if hooks.is_everywhere():
