@@ -165,7 +165,10 @@ def extension() -> tuple[Extension, type[Command]]:
     kernels = sorted(str(path.relative_to(ROOT)) for path in CSRC.glob("cpu/*.cpp"))
     arguments: dict[str, Any] = {
         "name": "fused_resnet._C",
-        "sources": ["csrc/ops.cpp", *(k for k in kernels if x86 or isa_of(k) is None)],
+        "sources": [
+            *("csrc/ops.cpp", "csrc/ops_cpu.cpp", "csrc/ops_call_guard.cpp"),
+            *(k for k in kernels if x86 or isa_of(k) is None),
+        ],
         "include_dirs": [str(CSRC)],
         "depends": sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.*h")),
         # A change of torch changes every command line, and so compiles every file anew.

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from fused_resnet.bench import CONTENDERS
+from fused_resnet.contenders import CONTENDERS
 
 
 @pytest.fixture(params=CONTENDERS)
 def contender(request):
-    """One way to run a network, see ``fused_resnet.bench.CONTENDERS``."""
+    """One way to run a network, see ``fused_resnet.contenders.CONTENDERS``."""
     return CONTENDERS[request.param]
 
 

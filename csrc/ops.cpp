@@ -1,5 +1,8 @@
-// The compiled extension fused_resnet._C, and the only file that sees torch: it checks tensors,
-// hands raw pointers to the kernels, and divides their work among torch's threads.
+// The compiled extension fused_resnet._C: it checks tensors, hands raw pointers to the kernels, and
+// divides their work among torch's threads. Only this file, ops_cpu.cpp (the convolutions of the
+// CPU) and ops_call_guard.cpp see torch.
+
+#include "ops.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
@@ -516,6 +519,7 @@ PYBIND11_MODULE(_C, m) {
         "A key that changes when one of the tensors does; None if one keeps no version.");
   m.def("layout_of", &layout_of, py::arg("tensors"),
         "Shape, strides, dtype, device and layout of all tensors as one key.");
+  bind_call_guard(m);
   m.def(
       "isa", [] { return cpu::isa_name(cpu::current_isa()); },
       "The instruction-set level in use: generic, avx2 or avx512.");
@@ -529,5 +533,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_global_average_pool", torch::wrap_pybind_function_no_gil(cuda_global_average_pool));
   m.def("cuda_to_channels_last", torch::wrap_pybind_function_no_gil(cuda_to_channels_last));
 #endif
+  bind_cpu(m);
   m.def("build_info", &build_info, "What the extension was built with, and against.");
 }

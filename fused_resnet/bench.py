@@ -31,10 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_resnet import backends, images, zoo
+from fused_resnet import backends, contenders, images, zoo
 from fused_resnet.backends import FusedResNetWarning
 from fused_resnet.check import Outputs, agreement, compare, exact_outputs, outputs_of
 from fused_resnet.console import UserError
+from fused_resnet.contenders import CONTENDERS, Run
 from fused_resnet.machine import Machine, machine, versions
 from fused_resnet.probe import Probe, ProbeTask, clock, measure
 
@@ -49,48 +50,8 @@ _MIN_ROUNDS = 5
 _MAX_ROUNDS = 1000
 _BLOCK_SECONDS = 0.05
 
-Run = Callable[[Tensor], Any]
 #: Called with what is going on and the share of the whole that is done.
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One way to run a network.
-
-    Attributes:
-        label: as tables print it.
-        channels_last: whether it gets weights and input in this layout rather than NCHW.
-        build: makes what is called, from the network's name and its stock model.
-        judged: whether it must meet the rule of `check`; stock torch is what that compares with.
-    """
-
-    label: str
-    channels_last: bool
-    build: Callable[[str, nn.Module], Run]
-    judged: bool = True
-
-    def stock(self, network: zoo.Network, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """A copy of the stock model as this contender wants it."""
-        model = zoo.converted(network, dtype, device, self.channels_last)
-        return model.requires_grad_(False)
-
-    def input(self, batch: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A batch [N, 3, H, W] as this contender wants it."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return batch.to(device, dtype).contiguous(memory_format=layout)
-
-
-def _as_it_is(_name: str, stock: nn.Module) -> Run:
-    return stock
-
-
-#: The ways to run a network, by key. The first is the baseline that most people run.
-CONTENDERS: dict[str, Contender] = {
-    "stock_nchw": Contender("stock NCHW", False, _as_it_is, judged=False),
-    "stock_nhwc": Contender("stock NHWC", True, _as_it_is, judged=False),
-    "fused": Contender("fused", True, zoo.fused),
-}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -126,13 +87,15 @@ class Measured:
     Attributes:
         error: relative distance of its outputs from float64, by norm.
         top1: share of images whose best class is float64's; None where there are no classes.
-        correct: whether the rule of `check` is met; nothing else is measured if not.
+        correct: whether the rule of `check` is met; nothing else is measured if not. A peer, which
+            need not meet it, is always taken for correct.
         seconds: of one call, one value a round.
         calls: calls in a block, of which a value in ``seconds`` is the mean.
         first_call: see `Probe`.
         peak_memory: see `Probe`.
         memory_method: see `Probe`.
         note: what went wrong.
+        missing: why this contender could not run here; empty if it could.
     """
 
     error: float | None = None
@@ -144,6 +107,7 @@ class Measured:
     peak_memory: int | None = None
     memory_method: str = ""
     note: str = ""
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -356,6 +320,7 @@ class Settings:
         weights: see `zoo.load`.
         size: of the photos; None for what each network is made for.
         memory: whether to measure first call and memory, in fresh processes.
+        contenders: keys of `contenders.CONTENDERS`, stock torch among them.
     """
 
     models: tuple[str, ...] = ("resnet50",)
@@ -369,6 +334,7 @@ class Settings:
     weights: str | None = None
     size: int | None = None
     memory: bool = True
+    contenders: tuple[str, ...] = contenders.DEFAULT
 
 
 def bench(settings: Settings, progress: Progress | None = None) -> Report:
@@ -381,8 +347,9 @@ def bench(settings: Settings, progress: Progress | None = None) -> Report:
         progress: told what is going on.
 
     Raises:
-        UserError: see `zoo.load` and `images.load`.
+        UserError: see `zoo.load` and `images.load`; unknown contenders, or no stock torch.
     """
+    _check_contenders(settings.contenders)
     report = Report(
         machine=machine(),
         versions=versions(),
@@ -405,6 +372,14 @@ def bench(settings: Settings, progress: Progress | None = None) -> Report:
     finally:
         torch.set_num_threads(threads)
     return report
+
+
+def _check_contenders(keys: Sequence[str]) -> None:
+    unknown = [key for key in keys if key not in CONTENDERS]
+    if unknown:
+        raise UserError(f"unknown contender {unknown[0]!r}; one of {', '.join(CONTENDERS)}")
+    if not any(CONTENDERS[key].role == "stock" for key in keys):
+        raise UserError("errors are compared with stock torch's: add the contender stock_nhwc")
 
 
 def _bench(settings: Settings, report: Report, tell: Progress, scratch: Path) -> None:
@@ -451,15 +426,12 @@ class _Stage:
         self.dtype = dtype
         self.scratch = scratch
         self.device = torch.device(settings.device)
-        self.runs: dict[str, Run] = {}
-        stocks: dict[bool, nn.Module] = {}
-        for key, contender in CONTENDERS.items():
-            layout = contender.channels_last
-            if layout not in stocks:
-                stocks[layout] = contender.stock(network, dtype, self.device)
-            self.runs[key] = contender.build(network.name, stocks[layout])
-        self.stock = stocks[True]
+        self.stocks = {layout: self._stock(layout) for layout in (False, True)}
         self._exact: dict[int, Outputs] = {}
+
+    def _stock(self, channels_last: bool) -> nn.Module:
+        layout = zoo.converted(self.network, self.dtype, self.device, channels_last)
+        return layout.requires_grad_(False)
 
     def case(self, batch: int) -> Case:
         s = self.settings
@@ -479,15 +451,17 @@ class _Stage:
     def measure(self, result: Result, seconds: float, tell: Progress) -> None:
         """Check, time and probe all contenders at one batch size, filling ``result`` as it goes."""
         case = result.case
-        tell(f"{case}: checking against float64", 0.0)
-        result.contenders.update(self._check(case.batch))
-        good = [key for key, m in result.contenders.items() if m.correct]
+        tell(f"{case}: building", 0.0)
+        runs = self._make(result)
+        tell(f"{case}: checking against float64", 0.1)
+        self._check(result, runs)
+        good = [key for key in runs if result.contenders[key].correct]
         inputs = {key: self._inputs(key, case.batch) for key in good}
         rounds = interleave(
-            {key: self.runs[key] for key in good},
+            {key: runs[key] for key in good},
             inputs,
             seconds=seconds,
-            on_round=lambda part: tell(f"{case}: timing", 0.1 + 0.6 * part),
+            on_round=lambda part: tell(f"{case}: timing", 0.2 + 0.5 * part),
         )
         for key in good:
             result.contenders[key].seconds = rounds.seconds[key]
@@ -507,32 +481,55 @@ class _Stage:
             for i in range(_ROTATION)
         ]
 
-    def _check(self, batch: int) -> dict[str, Measured]:
+    def _make(self, result: Result) -> dict[str, Run]:
+        """What to call for every contender that can run; the others say in ``result`` why not."""
+        runs: dict[str, Run] = {}
+        torch.compiler.reset()  # What was compiled for other cases counts against torch's limit.
+        for key in self.settings.contenders:
+            contender = CONTENDERS[key]
+            measured = result.contenders[key] = Measured()
+            measured.missing = contender.why_missing(self.device, self.dtype) or ""
+            if measured.missing:
+                continue
+            example = self._inputs(key, result.case.batch)[0]
+            stock = self.stocks[contender.channels_last]
+            if contender.role == "ours":
+                runs[key] = contender.make(self.network.name, stock, example)
+                continue
+            try:
+                runs[key] = contender.make(self.network.name, stock, example)
+                runs[key](example)
+            # What another engine raises cannot be known, and must not end the comparison.
+            except Exception as e:
+                runs.pop(key, None)
+                measured.missing = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        return runs
+
+    def _check(self, result: Result, runs: dict[str, Run]) -> None:
         """Errors and classes of every contender, over about as many images at every batch size."""
+        batch = result.case.batch
         wanted = min(_CHECKED, max(len(self.photos.names), 2))
         longest = max(math.ceil(wanted / b) * b for b in self.settings.batches)
         n = longest if longest % batch == 0 else math.ceil(wanted / batch) * batch
         pixels = self.photos.batch(n)
         if n not in self._exact:
             pieces = self._calls("stock_nhwc", pixels, min(n, 4))
-            self._exact[n] = exact_outputs(self.stock, pieces)
+            self._exact[n] = exact_outputs(self.stocks[True], pieces)
         exact = self._exact[n]
         results = {
-            key: outputs_of(run, self._calls(key, pixels, batch)) for key, run in self.runs.items()
+            key: outputs_of(run, self._calls(key, pixels, batch)) for key, run in runs.items()
         }
-        stocks = [results[key] for key in results if not CONTENDERS[key].judged]
-        found = {}
-        for key, ours in results.items():
-            rows = compare(ours, stocks, exact)
-            classes = agreement(ours, stocks[0], exact)
-            wrong = [r for r in rows if not r.passed] if CONTENDERS[key].judged else []
-            found[key] = Measured(
-                error=max((row.fused.l2 for row in rows if row.fused is not None), default=None),
-                top1=None if classes is None else classes.fused_top1,
-                correct=not wrong,
-                note=f"{wrong[0].name}: {wrong[0].note}" if wrong else "",
-            )
-        return found
+        stocks = [results[key] for key in results if CONTENDERS[key].role == "stock"]
+        for key, theirs in results.items():
+            rows = compare(theirs, stocks, exact)
+            classes = agreement(theirs, stocks[0], exact)
+            found = result.contenders[key]
+            found.error = max((r.fused.l2 for r in rows if r.fused is not None), default=None)
+            found.top1 = None if classes is None else classes.fused_top1
+            wrong = [r for r in rows if not r.passed]
+            if wrong and CONTENDERS[key].role != "stock":
+                found.correct = CONTENDERS[key].role != "ours"
+                found.note = f"{wrong[0].name}: {wrong[0].note}"
 
     def _calls(self, key: str, pixels: Tensor, batch: int) -> list[Tensor]:
         contender = CONTENDERS[key]

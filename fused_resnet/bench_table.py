@@ -8,8 +8,9 @@ from itertools import groupby
 from rich.console import RenderableType
 from rich.markup import escape
 
-from fused_resnet.bench import CONTENDERS, Measured, Report, Result, Spread
+from fused_resnet.bench import Measured, Report, Result, Spread
 from fused_resnet.console import duration, megabytes, table
+from fused_resnet.contenders import is_ours, label
 
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
@@ -33,8 +34,9 @@ def parts(report: Report) -> Iterator[RenderableType]:
         yield f"[yellow]note:[/] {escape(note)}"
     for result in report.results:
         for key, m in result.contenders.items():
-            if m.note:
-                yield f"[yellow]note:[/] {result.case}, {CONTENDERS[key].label}: {escape(m.note)}"
+            if m.note or m.missing:
+                text = m.note or f"could not run: {m.missing}"
+                yield f"[yellow]note:[/] {result.case}, {label(key)}: {escape(text)}"
     if not report.complete:
         yield "[yellow]Interrupted: the table holds what was measured until then.[/]"
     meanings = [meaning(r) for r in report.results if "fused" in r.contenders]
@@ -81,25 +83,23 @@ def _network(model: str, results: list[Result]) -> Iterator[RenderableType]:
     for name in ("", "", "img/s", "vs NCHW", "vs NHWC", "first", "memory", "error", "class"):
         rows.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
     for result in results:
-        label = f"{_SHORT.get(result.case.dtype, result.case.dtype)} x{result.case.batch}"
+        what = f"{_SHORT.get(result.case.dtype, result.case.dtype)} x{result.case.batch}"
         for key, measured in result.contenders.items():
-            rows.add_row(label, *_cells(result, key, measured))
-            label = ""
+            rows.add_row(what, *_cells(result, key, measured))
+            what = ""
         rows.add_section()
     yield rows
     yield ""
 
 
 def _cells(result: Result, key: str, m: Measured) -> list[str]:
-    label = CONTENDERS[key].label
-    if CONTENDERS[key].judged:
-        label = f"[bold]{label}[/]"
+    name = f"[bold]{label(key)}[/]" if is_ours(key) else label(key)
     error = "-" if m.error is None else f"{m.error:.1e}"
     if not m.correct:
-        return [label, "[red]WRONG[/]", "-", "-", "-", "-", f"[red]{error}[/]", _percent(m.top1)]
+        return [name, "[red]WRONG[/]", "-", "-", "-", "-", f"[red]{error}[/]", _percent(m.top1)]
     speed = result.images_per_second(key)
     return [
-        label,
+        name,
         "-" if speed is None else f"{speed.median:.1f}",
         _ratio(result, key, "stock_nchw"),
         _ratio(result, key, "stock_nhwc"),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-from fused_resnet import fold, hooks
+from fused_resnet import fold, hooks, recall
 from fused_resnet import ops as _ops
 from fused_resnet.decompositions import decompositions
 
@@ -343,6 +343,10 @@ def conv_bn_act(
         >>> conv, bn, relu = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()
         >>> y = conv_bn_act(torch.randn(1, 3, 32, 32), conv.eval(), bn.eval(), relu)
     """
+    if not torch.compiler.is_compiling():
+        recalled = recall.recall(x, conv, bn, act, residual, act_before_add)
+        if recalled is not None:
+            return recalled
     if type(x) is not Tensor and _is_proxy(x):
         return _traced(conv_bn_act, x, conv, bn, act, residual, act_before_add=act_before_add)
     if type(bn) is not nn.BatchNorm2d and bn is not None and (own := fold.activations_of(bn)):
@@ -364,32 +368,27 @@ def conv_bn_act(
         epilogue = "relu"
     else:
         epilogue = "relu_add_relu" if act_before_add else "add_relu"
-    y = _fused(x, conv, bn, residual, epilogue)
-    return y if act is None or relu else cast(Tensor, act(y))
+    padded, constants, geometry = _arguments(x, conv, bn, epilogue)
+    y = _call(_conv_op, padded, *constants, residual, *geometry)
+    if not relu:
+        assert act is not None
+        return cast(Tensor, act(y))
+    if padded is x and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        recall.remember(x, conv, bn, act, residual, act_before_add, constants, geometry)
+    return y
 
 
-def _fused(
-    x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, residual: Tensor | None, epilogue: str
-) -> Tensor:
-    """One op for modules that `why_stock` has nothing against."""
-    x, padding = _unpadded(x, conv)
-    scale, shift = fold.affine_of(conv, bn)
-    return cast(
-        Tensor,
-        _call(
-            _conv_op,
-            x,
-            fold.weight_of(conv),
-            scale,
-            shift,
-            residual,
-            conv.stride,
-            padding,
-            conv.dilation,
-            conv.groups,
-            epilogue,
-        ),
-    )
+def _arguments(
+    x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, epilogue: str
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
+    """What the op takes for modules that `why_stock` has nothing against.
+
+    Returns:
+        The padded input; weight, scale and shift; stride and all that follows it.
+    """
+    padded, padding = _unpadded(x, conv)
+    constants = (fold.weight_of(conv), *fold.affine_of(conv, bn))
+    return padded, constants, (conv.stride, padding, conv.dilation, conv.groups, epilogue)
 
 
 def _conv_norm_act(
@@ -404,14 +403,19 @@ def _conv_norm_act(
     """`conv_bn_act` for a norm that ends in activations of its ``own``, as those of timm do."""
     first = own if act is None or not act_before_add else (*own, act)
     relu = all(map(_is_relu, first))
+
+    def fused(residual: Tensor | None, epilogue: str) -> Tensor:
+        padded, constants, geometry = _arguments(x, conv, norm, epilogue)
+        return cast(Tensor, _call(_conv_op, padded, *constants, residual, *geometry))
+
     if x.dim() != 4 or not _is_fused(conv, norm):
         y: Tensor = norm(conv(x))
         for module in first[len(own) :]:
             y = module(y)
     elif relu and residual is not None and act is not None and _is_relu(act):
-        return _fused(x, conv, norm, residual, "relu_add_relu")
+        return fused(residual, "relu_add_relu")
     else:
-        y = _fused(x, conv, norm, None, "relu" if relu else "none")
+        y = fused(None, "relu" if relu else "none")
         for module in () if relu else first:
             y = module(y)
     if residual is not None:

@@ -240,7 +240,7 @@ _layout_of: Callable[[tuple[Tensor | None, ...]], Hashable] = (
 )
 
 
-def _conv(
+def choose_conv(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -251,8 +251,14 @@ def _conv(
     dilation: Ints,
     groups: int,
     epilogue: str,
-    pool: MaxPool | None,
-) -> Tensor:
+    pool: MaxPool | None = None,
+) -> backends.Choice:
+    """The kernel for a call of ``conv_affine_act`` (of the stem's op if there is a ``pool``).
+
+    Raises:
+        ValueError: shapes, devices or parameters do not fit together.
+        TypeError: a dtype is not supported or differs from x's.
+    """
     key = (
         _layout_of((x, weight, scale, shift, residual)),
         tuple(stride),
@@ -289,6 +295,18 @@ def _conv(
         )
         op = "conv_affine_act" if pool is None else "conv_affine_relu_maxpool"
         choice = _remember(key, backends.choose(op, problem, x.device))
+    return choice
+
+
+def run_conv(
+    choice: backends.Choice,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+) -> Tensor:
+    """Run what `choose_conv` chose for these very tensors."""
     if x.shape[0] == 0:
         assert isinstance(choice.problem, ConvProblem)
         shape = choice.problem.out_shape
@@ -312,9 +330,10 @@ def _conv_affine_act(
     groups: int,
     epilogue: str,
 ) -> Tensor:
-    return _conv(
-        x, weight, scale, shift, residual, stride, padding, dilation, groups, epilogue, None
+    choice = choose_conv(
+        x, weight, scale, shift, residual, stride, padding, dilation, groups, epilogue
     )
+    return run_conv(choice, x, weight, scale, shift, residual)
 
 
 def _conv_affine_relu_maxpool(
@@ -331,7 +350,10 @@ def _conv_affine_relu_maxpool(
     pool_padding: Ints,
 ) -> Tensor:
     pool = MaxPool(_pair(pool_kernel), _pair(pool_stride), _pair(pool_padding))
-    return _conv(x, weight, scale, shift, None, stride, padding, dilation, groups, "relu", pool)
+    choice = choose_conv(
+        x, weight, scale, shift, None, stride, padding, dilation, groups, "relu", pool
+    )
+    return run_conv(choice, x, weight, scale, shift, None)
 
 
 def _add_choice(a: Tensor, b: Tensor, inplace: bool) -> backends.Choice:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from fused_resnet import backends, zoo
+from fused_resnet.contenders import CONTENDERS
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ProbeTask:
         model: name of the network, see `zoo`.
         weights: path of its state_dict.
         inputs: path of a batch saved by torch.
-        contender: key in `bench.CONTENDERS`.
+        contender: key in `contenders.CONTENDERS`.
         dtype: as torch names it, without ``torch.``.
         device: as torch names it.
         threads: of torch.
@@ -96,8 +97,6 @@ def measure(task: ProbeTask, timeout: float = 600.0) -> Probe | str:
 
 
 def _run(task: ProbeTask) -> Probe:
-    from fused_resnet.bench import CONTENDERS
-
     contender = CONTENDERS[task.contender]
     device, dtype = torch.device(task.device), getattr(torch, task.dtype)
     torch.set_num_threads(task.threads)
@@ -111,7 +110,7 @@ def _run(task: ProbeTask) -> Probe:
         stack.enter_context(torch.inference_mode())
         before = _reset_peak(device)
         start = clock()
-        run = contender.build(task.model, stock)
+        run = contender.make(task.model, stock, x)
         run(x)
         first_call = clock() - start
         for _ in range(2):

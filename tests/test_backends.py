@@ -287,8 +287,9 @@ def test_a_kernel_that_raises_is_replaced(install: Callable[..., Any]) -> None:
         (lambda p, a: right(p, a).double(), "it returned"),
         (lambda p, a: right(p, a)[:, :, :1], "it returned"),
         (lambda p, a: torch.full_like(right(p, a), float("nan")), "non-finite"),
+        (lambda p, a: right(p, a).nan_to_num(0.0), "with NaN and infinities in its input"),
     ],
-    ids=["off_by_a_little", "no_epilogue", "dtype", "shape", "nan"],
+    ids=["off_by_a_little", "no_epilogue", "dtype", "shape", "nan", "swallows_nan"],
 )
 def test_a_wrong_kernel_is_never_used(
     wrong: Callable[..., Tensor], message: str, install: Callable[..., Any]

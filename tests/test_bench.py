@@ -8,7 +8,6 @@ import torch
 
 from fused_resnet import bench, bench_table, console, probe, zoo
 from fused_resnet.bench import (
-    CONTENDERS,
     Case,
     Measured,
     Report,
@@ -18,6 +17,7 @@ from fused_resnet.bench import (
     interleave,
 )
 from fused_resnet.console import UserError
+from fused_resnet.contenders import CONTENDERS, DEFAULT, Contender
 
 TINY = Settings(
     models=("cifar_resnet8",), batches=(1, 3), dtypes=(torch.float32,), seconds=0.0, memory=False
@@ -113,7 +113,7 @@ def test_bench_measures_every_contender_in_every_case(report):
     assert report.correct
     assert [r.case.batch for r in report.results] == [1, 3]
     for result in report.results:
-        assert result.contenders.keys() == CONTENDERS.keys()
+        assert result.contenders.keys() == set(DEFAULT)
         for measured in result.contenders.values():
             assert len(measured.seconds) >= 5
             assert 0 < measured.error < 1e-4
@@ -172,10 +172,10 @@ def test_files_that_are_no_reports(tmp_path):
 
 @pytest.fixture
 def wrong_contender(monkeypatch):
-    def build(_name, stock):
+    def make(_name, stock, _example):
         return lambda x: stock(x) * 1.01
 
-    wrong = replace(CONTENDERS["fused"], build=build)
+    wrong = replace(CONTENDERS["fused"], make=make)
     monkeypatch.setitem(CONTENDERS, "fused", wrong)
 
 
@@ -297,8 +297,75 @@ def test_first_call_and_memory_go_into_the_report(monkeypatch):
     assert (nchw.first_call, nchw.peak_memory, nchw.memory_method) == (0.5, 2_000_000, "counted")
     assert fused.first_call is None
     assert "no more memory" in fused.note
-    assert [t.contender for t in tasks] == list(CONTENDERS)
+    assert [t.contender for t in tasks] == list(DEFAULT)
     text = _text(report)
     assert "0.50 s" in text
     assert "2 MB" in text
     assert "no more memory" in text
+
+
+def _peer(monkeypatch, make, **kwargs):
+    peer = Contender("a peer", "peer", True, make, **kwargs)
+    monkeypatch.setitem(CONTENDERS, "peer", peer)
+    return replace(TINY, batches=(2,), contenders=(*DEFAULT, "peer"))
+
+
+def test_a_peer_is_measured_and_need_not_meet_the_rule(monkeypatch):
+    settings = _peer(monkeypatch, lambda _name, stock, _example: lambda x: stock(x) * 1.01)
+    report = bench.bench(settings)
+    peer = report.results[0].contenders["peer"]
+    assert len(peer.seconds) >= 5
+    assert peer.error == pytest.approx(0.01, rel=0.1)
+    assert "times stock's error" in peer.note
+    assert report.correct
+
+
+def test_a_peer_is_made_with_an_example_as_it_is_called(monkeypatch):
+    seen = []
+
+    def make(name, stock, example):
+        seen.append((name, example))
+        return stock
+
+    bench.bench(_peer(monkeypatch, make))
+    [(name, example)] = seen
+    assert name == "cifar_resnet8"
+    assert example.shape == (2, 3, 32, 32)
+    assert example.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_peer_that_cannot_run_says_why_and_ends_nothing(monkeypatch):
+    settings = _peer(monkeypatch, None, why_missing=lambda _device, dtype: f"nothing for {dtype}")
+    report = bench.bench(settings)
+    peer = report.results[0].contenders["peer"]
+    assert (peer.missing, peer.seconds) == ("nothing for torch.float32", [])
+    assert report.results[0].contenders["fused"].seconds
+    assert "a peer: could not run: nothing for torch.float32" in _text(report)
+
+
+def test_a_peer_that_fails_says_why_and_ends_nothing(monkeypatch):
+    def fails(_x):
+        raise ZeroDivisionError("out of luck")
+
+    report = bench.bench(_peer(monkeypatch, lambda *_args: fails))
+    assert report.results[0].contenders["peer"].missing == "ZeroDivisionError: out of luck"
+    assert report.results[0].contenders["fused"].seconds
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [(("stock_nhwc", "fussed"), "unknown contender 'fussed'"), (("fused",), "add the contender")],
+)
+def test_contenders_that_cannot_be_compared(keys, message):
+    with pytest.raises(UserError, match=message):
+        bench.bench(replace(TINY, contenders=keys))
+
+
+@pytest.mark.slow
+def test_torch_compile_is_a_contender():
+    report = bench.bench(replace(TINY, batches=(1, 2), contenders=(*DEFAULT, "compile")))
+    for result in report.results:
+        compiled = result.contenders["compile"]
+        assert not compiled.missing
+        assert compiled.seconds
+        assert compiled.error < 1e-4

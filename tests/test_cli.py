@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and with which exit code."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from fused_resnet import bench, cli, doctor, zoo
 from fused_resnet.cli import app
+from fused_resnet.contenders import CONTENDERS
 from fused_resnet.version import __version__
 
 runner = CliRunner()
@@ -76,16 +78,15 @@ def test_ctrl_c_elsewhere_leaves_no_traceback(monkeypatch):
 def wrong_twin(monkeypatch):
     right = zoo.fused
 
-    def wrong(name, stock):
+    def wrong(name, stock, *_example):
         model = right(name, stock)
         with torch.no_grad():
             model.bn1.eps = 0.1
         return model
 
     monkeypatch.setattr(zoo, "fused", wrong)
-    monkeypatch.setitem(
-        bench.CONTENDERS, "fused", bench.Contender("fused", channels_last=True, build=wrong)
-    )
+    contender = dataclasses.replace(CONTENDERS["fused"], make=wrong)
+    monkeypatch.setitem(CONTENDERS, "fused", contender)
 
 
 def test_check(tmp_path):

@@ -24,9 +24,9 @@ void relax() {
 
 }  // namespace
 
-void Barrier::wait() {
+void Barrier::wait(int size) {
   const int generation = generation_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
     arrived_.store(0, std::memory_order_relaxed);
     generation_.store(generation + 1, std::memory_order_release);
     return;

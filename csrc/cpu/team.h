@@ -8,12 +8,9 @@ namespace fused_resnet::cpu {
 // Lets nobody on before all have arrived; used again and again.
 class Barrier {
  public:
-  explicit Barrier(int size) : size_(size) {}
-
-  void wait();
+  void wait(int size);
 
  private:
-  const int size_;
   std::atomic<int> arrived_{0};
   std::atomic<int> generation_{0};
 };
@@ -25,7 +22,7 @@ struct Team {
   Barrier* barrier = nullptr;  // null where size is 1
 
   void sync() const {
-    if (size > 1) barrier->wait();
+    if (size > 1) barrier->wait(size);
   }
 };
 

@@ -30,14 +30,15 @@ def verify(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | No
         for problem in _problems(kernel.op, dtype):
             if kernel.supports(problem, device) is not None:
                 continue
-            try:
-                reason = _check(kernel, problem, device)
-            except Exception as e:
-                if is_out_of_memory(e):
-                    raise
-                return f"on {problem} it raised {type(e).__name__}: {e}"
-            if reason is not None:
-                return reason
+            for infinite in (False, True):
+                try:
+                    reason = _check(kernel, problem, device, infinite)
+                except Exception as e:
+                    if is_out_of_memory(e):
+                        raise
+                    return f"on {problem} it raised {type(e).__name__}: {e}"
+                if reason is not None:
+                    return reason + (" (with NaN and infinities in its input)" if infinite else "")
     return None
 
 
@@ -80,7 +81,7 @@ def _problems(op: str, dtype: torch.dtype) -> Iterator[Problem]:
             )
 
 
-def _check(kernel: Kernel, problem: Problem, device: torch.device) -> str | None:
+def _check(kernel: Kernel, problem: Problem, device: torch.device, infinite: bool) -> str | None:
     # Drawn on the CPU from a generator of its own: the same everywhere, and no user's seed moves.
     generator = torch.Generator("cpu").manual_seed(0)
 
@@ -90,7 +91,12 @@ def _check(kernel: Kernel, problem: Problem, device: torch.device) -> str | None
         return drawn.to(device, dtype)
 
     def image(shape: tuple[int, ...]) -> Tensor:
-        return draw(*shape).contiguous(memory_format=torch.channels_last)
+        drawn = draw(*shape).contiguous(memory_format=torch.channels_last)
+        if infinite:
+            drawn[0, 0, 0, 0] = float("nan")
+            drawn[-1, -1, -1, -1] = float("inf")
+            drawn[0, -1, 2, 3] = float("-inf")
+        return drawn
 
     if isinstance(problem, AddReluProblem):
         a, b = image(problem.shape), image(problem.shape)

@@ -1,0 +1,7 @@
+// Every native convolution. A kernel is added by declaring it here and listing it in
+// conv_kernels.cpp; each of these functions is defined in a file compiled for its instructions.
+#pragma once
+
+#include "cpu/conv_kernel.h"
+
+namespace fused_resnet::cpu {}  // namespace fused_resnet::cpu
