@@ -428,7 +428,7 @@ SEGMENTATION = [
     _smp("PSPNet", "25/26 24/24 22/22 8/8 0/1"),
     _smp("Linknet", "30/36 30/35 27/32 8/8 0/1"),
     _smp("MAnet", "46/59 38/38 43/51 8/9 0/1"),
-    Family("own PlainUNet", lambda: PlainUNet(3, 3, 8), "", True),
+    Family("own PlainUNet", lambda: PlainUNet(3, 3, 8), "10/13 10/10 10/10 0/0 0/2", True),
 ]
 
 FAMILIES = [*TORCHVISION, *TIMM, *SEGMENTATION]
