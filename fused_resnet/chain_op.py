@@ -142,7 +142,7 @@ def _bottleneck_chain(*arguments: Any) -> tuple[Tensor, Tensor]:
     if mid.shape[0] == 0:
         return _empty(mid, problem)
     out, following = backends.run(choice, *args)
-    return channels_last(out), _channels_last(following)
+    return channels_last(out), channels_last(following)
 
 
 def _empty(mid: Tensor, problem: ChainProblem) -> tuple[Tensor, Tensor]:

@@ -257,6 +257,11 @@ def _is_relu(act: object) -> bool:
     return type(act) is nn.ReLU and not hooks.is_seen(act)
 
 
+def _autocasts(conv: nn.Module) -> bool:
+    device = fold.weight_of(cast(nn.Conv2d, conv)).device
+    return torch.is_autocast_enabled(device.type)
+
+
 def why_stock(conv: nn.Module, bn: nn.Module | None) -> str | None:
     """None if ``conv`` and ``bn``, as they are now, run as one fused op, else why they do not."""
     if not fold.is_plain_conv(conv):
@@ -266,6 +271,8 @@ def why_stock(conv: nn.Module, bn: nn.Module | None) -> str | None:
         return reason
     if fold.uses_batch_statistics(bn):
         return "the batch norm is in train mode and normalises by the batch's statistics"
+    if fold.is_frozen_norm(type(bn)) and _autocasts(conv):
+        return "under autocast a frozen batch norm promotes its input to the dtype of its buffers"
     if hooks.is_on(conv) or (bn is not None and hooks.is_on(bn)):
         return "a hook is registered on the convolution or the batch norm"
     if hooks.is_everywhere():
@@ -366,7 +373,7 @@ def conv_bn_act(
     else:
         epilogue = "relu_add_relu" if act_before_add else "add_relu"
     padded, constants, geometry = _arguments(x, conv, bn, epilogue)
-    y = cast(Tensor, _call(_conv_op, padded, *constants, residual, *geometry))
+    y = _call(_conv_op, padded, *constants, residual, *geometry)
     if not relu:
         assert act is not None
         return cast(Tensor, act(y))
@@ -378,21 +385,14 @@ def conv_bn_act(
 def _arguments(
     x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, epilogue: str
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
-    """What the op is given for modules that `why_stock` has nothing against.
+    """What the op takes for modules that `why_stock` has nothing against.
 
-    These are the input (padded where the op cannot); weight, scale and shift; and stride, padding,
-    dilation, groups and epilogue.
+    Returns:
+        The padded input; weight, scale and shift; stride and all that follows it.
     """
-    x, padding = _unpadded(x, conv)
+    padded, padding = _unpadded(x, conv)
     constants = (fold.weight_of(conv), *fold.affine_of(conv, bn))
-    return x, constants, (conv.stride, padding, conv.dilation, conv.groups, epilogue)
-
-
-def _fused(
-    x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, residual: Tensor | None, epilogue: str
-) -> Tensor:
-    x, constants, geometry = _arguments(x, conv, bn, epilogue)
-    return cast(Tensor, _call(_conv_op, x, *constants, residual, *geometry))
+    return padded, constants, (conv.stride, padding, conv.dilation, conv.groups, epilogue)
 
 
 def _conv_norm_act(
@@ -407,14 +407,19 @@ def _conv_norm_act(
     """`conv_bn_act` for a norm that ends in activations of its ``own``, as those of timm do."""
     first = own if act is None or not act_before_add else (*own, act)
     relu = all(map(_is_relu, first))
+
+    def fused(residual: Tensor | None, epilogue: str) -> Tensor:
+        padded, constants, geometry = _arguments(x, conv, norm, epilogue)
+        return cast(Tensor, _call(_conv_op, padded, *constants, residual, *geometry))
+
     if x.dim() != 4 or not _is_fused(conv, norm):
         y: Tensor = norm(conv(x))
         for module in first[len(own) :]:
             y = module(y)
     elif relu and residual is not None and act is not None and _is_relu(act):
-        return _fused(x, conv, norm, residual, "relu_add_relu")
+        return fused(residual, "relu_add_relu")
     else:
-        y = _fused(x, conv, norm, None, "relu" if relu else "none")
+        y = fused(None, "relu" if relu else "none")
         for module in () if relu else first:
             y = module(y)
     if residual is not None:

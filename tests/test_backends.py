@@ -705,3 +705,21 @@ def test_nan_and_infinity_pass_as_in_torch(kernel_, epilogue: str, dtype: torch.
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.isposinf(), expected.isposinf())
     assert torch.equal(found.isneginf(), expected.isneginf())
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"n": 1, "c": 512, "h": 3, "w": 3, "k": 512},
+        {"n": 1, "c": 256, "h": 4, "w": 4, "k": 512, "stride": (2, 2)},
+        {"n": 2, "c": 960, "h": 2, "w": 2, "k": 160, "r": 1, "padding": (0, 0)},
+        {"n": 2, "c": 576, "h": 1, "w": 1, "k": 144, "r": 1, "padding": (0, 0)},
+    ],
+    ids=["512x3x3", "256x3x3/2", "960x1x1", "576x1x1"],
+)
+def test_long_sums_of_small_images_are_as_exact_as_stock(shape: dict[str, Any]) -> None:
+    for seed in range(3):
+        p = conv_problem(**shape)
+        args = draw(p, seed)
+        args = args._replace(x=args.x.relu())
+        assert_within_rule(call(p, args), reference(p, args), stock(p, args), p.dtype)

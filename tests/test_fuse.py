@@ -982,46 +982,12 @@ def test_torchvision_resnets(name: str, images: Tensor) -> None:
     assert all_fused(fused, "conv", "norm", "act", "add", "maxpool")
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "size", "counts"),
-    [
-        ("vgg11_bn", {}, 32, {"conv": (8, 8), "norm": (8, 8), "maxpool": (5, 5)}),
-        ("mobilenet_v2", {}, 32, {"conv": (52, 52), "norm": (52, 52), "add": (10, 10)}),
-        ("densenet121", {}, 32, {"conv": (59, 120), "norm": (59, 121), "maxpool": (1, 1)}),
-        ("googlenet", {"init_weights": False}, 32, {"conv": (59, 59), "norm": (59, 59)}),
-        ("shufflenet_v2_x0_5", {}, 32, {"conv": (56, 56), "norm": (56, 56), "act": (37, 37)}),
-        ("regnet_y_400mf", {}, 32, {"norm": (53, 53), "add": (16, 16)}),
-    ],
-    ids=lambda v: v if isinstance(v, str) else "",
-)
-def test_torchvision_families(
-    name: str, options: dict[str, Any], size: int, counts: dict[str, tuple[int, int]]
-) -> None:
-    model = getattr(torchvision.models, name)(num_classes=5, **options)
-    fused = check(model, torch.randn(2, 3, size, size), train=False)
-    found = explain(fused).counts()
-    assert {k: found[k] for k in counts} == counts  # type: ignore[index]
-
-
 def test_segmentation_with_dilated_backbone(images: Tensor) -> None:
     model = torchvision.models.segmentation.deeplabv3_resnet50(
         weights=None, weights_backbone=None, num_classes=3
     )
     fused = check(model, images, train=False)
     assert all_fused(fused, "norm", "act", "add", "maxpool")
-
-
-def test_detection_with_frozen_norms_and_an_untraceable_root() -> None:
-    detection = torchvision.models.detection
-    backbone = detection.backbone_utils.resnet_fpn_backbone(
-        backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d
-    )
-    model = detection.FasterRCNN(backbone, 3, min_size=64, max_size=96).double().eval()
-    fused = fuse(model)
-    assert all_fused(fused, "norm")
-    image = torch.rand(3, 64, 80, dtype=torch.float64)
-    with torch.no_grad():
-        assert_close(fused([image]), model([image]))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50d"])

@@ -19,7 +19,7 @@ from torchvision.models import quantization
 import fused_resnet
 from fused_resnet import check, explain, fuse, unfuse
 from fused_resnet.numerics import error
-from tests.families import conv_norm_pairs, state, tensors
+from tests.families import conv_norm_pairs, freeze, state, tensors
 from tests.helpers import randomise
 from tests.unet import PlainUNet
 
@@ -220,6 +220,18 @@ def test_a_norm_that_derives_from_timms_stays_stock(x: Tensor) -> None:
     with torch.no_grad():
         torch.testing.assert_close(fused(x), model(x))
     assert "overrides the forward" in (explain(fused).rows[1].reason or "")
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_autocast_gives_the_dtypes_that_stock_gives(frozen: bool, x: Tensor) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    model = (freeze(randomise(model)) if frozen else randomise(model)).eval()
+    for part in (model, model[:3]):
+        exact = copy.deepcopy(part).double()(x.double())
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            actual, stock = fuse(part)(x), part(x)
+        assert actual.dtype == stock.dtype
+        assert error(actual, exact).within(error(stock, exact), stock.dtype)
 
 
 def test_norms_with_activations_compile(x: Tensor) -> None:
