@@ -75,7 +75,7 @@ def stock(
     if wp is not None:
         residual = norm(F.conv2d(residual, wp, None, p.step), sp, bp)
     whole = (z + residual).relu()
-    mid_next = torch.empty(p.next_shape, dtype=whole.dtype)
+    mid_next = torch.empty(p.next_shape, dtype=whole.dtype, device=whole.device)
     if w1 is not None:
         mid_next = norm(F.conv2d(whole, w1), s1, b1).relu()
     if p.store == "even":
