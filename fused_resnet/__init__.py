@@ -2,6 +2,7 @@
 
 from fused_resnet import functional
 from fused_resnet.backends import FusedResNetWarning, backend
+from fused_resnet.chain import Chain, ChainedModel, chain, find_chains
 from fused_resnet.check import CheckReport, check
 from fused_resnet.explain import Explanation, explain
 from fused_resnet.fold import refresh
@@ -28,6 +29,8 @@ from fused_resnet.version import __version__
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "Chain",
+    "ChainedModel",
     "CheckReport",
     "ConvBNAct",
     "Explanation",
@@ -36,9 +39,11 @@ __all__ = [
     "Stem",
     "__version__",
     "backend",
+    "chain",
     "check",
     "cifar_resnet",
     "explain",
+    "find_chains",
     "functional",
     "fuse",
     "plain18",

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fused_resnet import backends, functional, patterns
 from fused_resnet.backends import Choice, FusedResNetWarning
+from fused_resnet.chain import Chain, find_chains
 from fused_resnet.fuse import (
     Analysis,
     analyse,
@@ -25,7 +26,7 @@ from fused_resnet.fuse import (
     why_stale,
 )
 from fused_resnet.patterns import Kind, Site
-from fused_resnet.tracing import FusedModule, is_leaf, stock_class
+from fused_resnet.tracing import FusedModule, Untraceable, is_leaf, stock_class
 
 Outcome = Literal["fused", "fusable", "stock"]
 
@@ -80,11 +81,13 @@ class Explanation:
         model: class of the model.
         rows: one for each call, grouped by the module whose forward makes it.
         untraceable: why the forward of a module could not be looked into, by path.
+        chains: bottlenecks that `fused_resnet.chain` would compute in chains, and why not others.
     """
 
     model: str
     rows: tuple[Row, ...]
     untraceable: dict[str, str] = field(default_factory=dict)
+    chains: tuple[Chain, ...] = ()
 
     def counts(self) -> dict[Kind, tuple[int, int]]:
         """For each kind: how many calls are fused (in a stock model: would be), of how many."""
@@ -103,6 +106,7 @@ class Explanation:
             "counts": {kind: list(count) for kind, count in self.counts().items()},
             "rows": [asdict(row) for row in self.rows],
             "untraceable": dict(self.untraceable),
+            "chains": [asdict(found) for found in self.chains],
         }
 
     def __str__(self) -> str:
@@ -133,6 +137,9 @@ class Explanation:
         for r in table:
             cells = (cell.ljust(width) for cell, width in zip(r, widths, strict=False))
             lines.append("  ".join((*cells, r[4])).rstrip())
+        if self.chains:
+            lines.append("Bottlenecks that fused_resnet.chain could compute in chains, on GPUs:")
+            lines += [f"  {text}" for text in _summed(self.chains)]
         return "\n".join(lines)
 
 
@@ -170,7 +177,28 @@ def explain(model: nn.Module, example: Any = None) -> Explanation:
     untraceable = {
         a.path: a.reason for a in analyses if a.reason is not None and _has_parts(a.module)
     }
-    return Explanation(stock_class(model).__name__, table.sorted_rows(), untraceable)
+    name = stock_class(model).__name__
+    return Explanation(name, table.sorted_rows(), untraceable, _chains(model))
+
+
+def _summed(chains: tuple[Chain, ...]) -> list[str]:
+    """A line for each chain, and one for all blocks that are refused for the same reason."""
+    lines = [str(found) for found in chains if found.reason is None]
+    refused: dict[str, list[str]] = {}
+    for found in chains:
+        if found.reason is not None:
+            refused.setdefault(found.reason, []).append(found.path)
+    for reason, paths in refused.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        lines.append(f"{paths[0]}{more}: not chained, {reason}")
+    return lines
+
+
+def _chains(model: nn.Module) -> tuple[Chain, ...]:
+    try:
+        return tuple(find_chains(model))
+    except Untraceable:  # It is looked into part by part, which `untraceable` tells.
+        return ()
 
 
 def _without_common_parent(paths: tuple[str, ...]) -> list[str]:

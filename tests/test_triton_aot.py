@@ -21,10 +21,18 @@ from fused_resnet.backends.triton_.certify import (
     Case,
     cases,
     certify_case,
+    chain_cases,
+    chain_problems,
     compile_case,
     complaints,
     conv_cases,
     resnet_problems,
+)
+from fused_resnet.backends.triton_.chain_plan import (
+    chain_launch,
+    chain_tiles,
+    offers,
+    predicted_cycles,
 )
 from fused_resnet.backends.triton_.config import (
     ARCHS,
@@ -46,7 +54,7 @@ from fused_resnet.backends.triton_.plans import (
 )
 from fused_resnet.certify import certify_triton
 from fused_resnet.numerics import error, reference_conv, stock_conv
-from fused_resnet.problem import AddReluProblem, ConvProblem
+from fused_resnet.problem import AddReluProblem, ChainProblem, ConvProblem
 
 from .ptx.runner import load
 
@@ -331,3 +339,83 @@ def test_rows_layout_keeps_runs_aligned():
         rows = rows_layout(resnet_problems(50, 1, dtype)[1], 128 // dtype.itemsize)
         assert rows.wp * rows.cp % rows.unit == 0
         assert rows.seg * dtype.itemsize % 16 == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# Chained bottlenecks.
+# --------------------------------------------------------------------------------------------------
+
+
+def chain_block(m, n=32, dtype=F16, following=None, proj=0, store="all"):
+    size, stride = 3584 // m, 2 if proj > m else 1
+    following = m if following is None else following
+    hw = size * stride
+    return ChainProblem(
+        n, m, hw, hw, 4 * m, following, proj, stride, stride if proj else 1, store, dtype
+    )
+
+
+@pytest.mark.parametrize("arch", [A100, H100, B200], ids=lambda arch: f"sm_{arch.capability}")
+def test_machine_code_of_a_chain_keeps_the_promises(arch):
+    offer = offers(arch)[0]
+    (problem, *_) = chain_problems(offer, 32, BF16)
+    assert_kept([Case(problem, arch, chain_launch(problem, offer.tile), offer=offer)])
+
+
+@pytest.mark.slow
+@on_every_gpu
+def test_machine_code_of_every_chain_keeps_the_promises(arch):
+    assert_kept(chain_cases([arch], [F16]))
+
+
+def test_a_broken_promise_of_a_chain_is_seen():
+    offer = offers(A100)[0]
+    problem = chain_block(64)
+    case = Case(problem, A100, chain_launch(problem, offer.tile), offer=offer)
+    certificate = certify_case(case)
+    assert complaints(case, certificate) == []
+    promised = dataclasses.replace(offer, registers=9, shared=8)
+    broken = dataclasses.replace(case, offer=promised, arch=H100)
+    assert len(complaints(broken, certificate)) == 3  # wgmma, blocks, shared memory
+
+
+@on_every_gpu
+def test_every_gpu_has_chains_for_the_stages_of_resnet50(arch):
+    for n in (1, 32, 256):
+        for block in (
+            chain_block(64, n), chain_block(64, n, proj=64),
+            chain_block(64, n, following=128, store="even"),
+            chain_block(128, n), chain_block(128, n, proj=256),
+            chain_block(128, n, following=256, store="even"), chain_block(256, n),
+            chain_block(256, n, following=0),
+        ):  # fmt: skip
+            tiles = chain_tiles(block, arch)
+            assert tiles, block
+            assert all(tile.tma == (arch.capability in (90, 100)) for tile in tiles)
+            fitting = [
+                offer
+                for offer in offers(arch)
+                if (offer.m, offer.even or block.store != "even") == (block.m, True)
+                and block.next <= offer.next
+                and block.proj <= offer.proj
+            ]
+            best = min(fitting, key=lambda offer: predicted_cycles(block, offer, arch))
+            assert tiles[0] == best.tile
+
+
+def test_what_spills_is_not_offered():
+    assert chain_tiles(chain_block(256, proj=512), A100)
+    for arch in (H100, B200):
+        assert not chain_tiles(chain_block(256, proj=512), arch)
+    assert not chain_tiles(chain_block(256, following=512), B200)
+    thinned = chain_tiles(chain_block(128, store="even"), A100)
+    assert set(thinned) < set(chain_tiles(chain_block(128), A100))
+
+
+def test_chains_of_large_tensors_take_wide_offsets():
+    def wide(n):
+        problem = chain_block(64, n)
+        return dict(chain_launch(problem, offers(A100)[0].tile).constants)["WIDE"]
+
+    assert not wide(2048)
+    assert wide(4096)

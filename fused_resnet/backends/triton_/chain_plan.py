@@ -129,8 +129,9 @@ class Offer:
         next: most channels of the next 1x1.
         proj: most channels of the projection's input.
         shared: KiB of shared memory that the widest problem takes.
-        registers: programs that one SM's registers hold at once.
+        registers: programs that one SM's registers hold at once, at least.
         tile: the configuration.
+        even: whether it may store even pixels only: their addresses take registers.
     """
 
     m: int
@@ -139,6 +140,7 @@ class Offer:
     shared: int
     registers: int
     tile: ChainTile
+    even: bool = True
 
     def resident(self, arch: Arch) -> int:
         """Programs that one SM holds at once."""
@@ -153,17 +155,17 @@ _WIDE, _THIN = (64, 64, 64, 8, 3, 2), (64, 32, 64, 8, 3, 2)
 # What the compiler gives for each family of tensor instructions, fp16 and bf16 alike; `make
 # certify` proves every line.
 _MMA = (
-    Offer(64, 64, 0, 41, 3, ChainTile(*_64)),
+    Offer(64, 64, 0, 41, 2, ChainTile(*_64)),
     Offer(64, 128, 64, 66, 2, ChainTile(*_64)),
     Offer(64, 64, 64, 74, 1, ChainTile(*_128)),
     Offer(128, 128, 0, 73, 2, ChainTile(*_64)),
-    Offer(128, 128, 0, 97, 1, ChainTile(*_128)),
+    Offer(128, 128, 0, 97, 1, ChainTile(*_128), even=False),
     Offer(128, 256, 0, 89, 1, ChainTile(*_WIDE)),
     Offer(128, 128, 256, 89, 1, ChainTile(64, 32, 64, 4, 3, 2)),
     Offer(128, 256, 256, 97, 1, ChainTile(*_THIN)),
     Offer(256, 512, 0, 93, 1, ChainTile(*_THIN)),
     Offer(256, 256, 0, 121, 1, ChainTile(128, 32, 64, 8, 3, 2)),
-    Offer(256, 256, 512, 117, 1, ChainTile(32, 32, 64, 8, 3, 2)),
+    Offer(256, 256, 512, 117, 1, ChainTile(32, 32, 64, 4, 3, 2)),
 )
 _WGMMA = (
     Offer(64, 64, 0, 49, 3, ChainTile(*_64, tma=True)),
@@ -206,7 +208,14 @@ def offers(arch: Arch) -> tuple[Offer, ...]:
 def chain_tiles(problem: ChainProblem, arch: Arch) -> tuple[ChainTile, ...]:
     """The configurations of one GPU for a supported problem, the predicted best first."""
     p = problem
-    fitting = [o for o in offers(arch) if o.m == p.m and p.next <= o.next and p.proj <= o.proj]
+    fitting = [
+        offer
+        for offer in offers(arch)
+        if offer.m == p.m
+        and p.next <= offer.next
+        and p.proj <= offer.proj
+        and (offer.even or p.store != "even")
+    ]
     fitting.sort(key=lambda offer: predicted_cycles(problem, offer, arch))
     return tuple(dict.fromkeys(offer.tile for offer in fitting))
 
