@@ -6,8 +6,8 @@
 
 namespace fused_resnet::device {
 
-// Starts the kernel that fits `shared_limit` bytes of a block, with one block for each
-// multiprocessor: `start.template operator()<kernel>(grid, threads, shared bytes, args)`.
+// Starts one block for each multiprocessor, or fewer if there are fewer tiles:
+// `start.template operator()<kernel>(grid, threads, shared bytes, args)`.
 template <class Math, class Tile, class Start>
 void launch_chain_tile(ChainArgs args, int multiprocessors, Start start) {
   derive(args, Tile::kTileH, Tile::kTileW);
@@ -17,6 +17,7 @@ void launch_chain_tile(ChainArgs args, int multiprocessors, Start start) {
                                                           args);
 }
 
+// `shared_limit` is what a block may have of shared memory: it decides whether weights stay there.
 template <class Math, bool kHasNext, class Start>
 void launch_chain_next(const ChainArgs& args, int multiprocessors, int shared_limit, Start start) {
   using Resident = ChainTile64Resident<kHasNext ? 64 : 0>;
