@@ -30,13 +30,15 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu
 # One thread each, since JOBS processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: help bench test quick test-slow certify docs examples lint format clean distclean FORCE
+.PHONY: help bench test quick test-slow sanitize certify docs examples lint format clean distclean \
+  FORCE
 
 help:
 	@echo 'make bench      compare fused networks with stock torch on real photos'
 	@echo 'make test       check formatting, lint and types, and run the tests'
 	@echo 'make quick      the same with the quickest tests only, in less than two minutes'
 	@echo 'make test-slow  the tests that take long'
+	@echo 'make sanitize   the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make certify    compile the GPU kernels for every GPU and judge the machine code (no GPU)'
 	@echo 'make docs       build the documentation into build/site; a warning is an error'
 	@echo 'make examples   test examples/ (Ray Data, LitServe), in an environment of their own'
@@ -55,6 +57,10 @@ quick: lint $(DONE)/extension
 
 test-slow: $(DONE)/dev $(DONE)/extension
 	$(PYTEST) -m 'slow and not gpu' $(ARGS)
+
+# Some minutes to compile; PROBLEMS='500 1' runs 500 problems a kernel, drawn from seed 1.
+sanitize:
+	$(MAKE) -C tests/sanitize --jobs $(JOBS)
 
 # Tens of minutes at first; compiled kernels stay in .cache. ARGS='--arch 90 --batch 32' does a part
 # of Triton's.

@@ -38,12 +38,15 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo"]
 
 # One binary serves every x86-64: a file named csrc/cpu/*_<isa>.cpp, and no other, is compiled for
 # that instruction set, and csrc/cpu/isa.cpp chooses among them when the program runs.
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_FLAGS = [
+    *[*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
+    *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],  # GCC 12's own avx512fintrin.h
+]
 X86_FLAGS = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        *["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
-        *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],  # GCC 12's own avx512fintrin.h
-    ],
+    "avx2": AVX2_FLAGS,
+    "avx512": AVX512_FLAGS,
+    "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
 
 

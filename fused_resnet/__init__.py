@@ -7,6 +7,9 @@ from fused_resnet.explain import Explanation, explain
 from fused_resnet.fold import refresh
 from fused_resnet.fuse import fuse, unfuse
 from fused_resnet.modules import BasicBlock, Bottleneck, ConvBNAct, Stem
+from fused_resnet.optimize import optimize
+from fused_resnet.plan import Plan
+from fused_resnet.plan_file import PlanFileError, load
 from fused_resnet.resnet import (
     ResNet,
     cifar_resnet,
@@ -32,6 +35,8 @@ __all__ = [
     "ConvBNAct",
     "Explanation",
     "FusedResNetWarning",
+    "Plan",
+    "PlanFileError",
     "ResNet",
     "Stem",
     "__version__",
@@ -41,6 +46,8 @@ __all__ = [
     "explain",
     "functional",
     "fuse",
+    "load",
+    "optimize",
     "plain18",
     "plain34",
     "refresh",

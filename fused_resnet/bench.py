@@ -38,6 +38,7 @@ from fused_resnet.check import Outputs, agreement, compare, exact_outputs, outpu
 from fused_resnet.console import UserError
 from fused_resnet.contenders import CONTENDERS, Run
 from fused_resnet.machine import Machine, machine, versions
+from fused_resnet.optimize import optimize
 from fused_resnet.probe import Probe, ProbeTask, clock, measure
 from fused_resnet.rooflines import Ceiling, NetworkLayers
 
@@ -344,6 +345,7 @@ class Settings:
         memory: whether to measure first call and memory, in fresh processes.
         contenders: keys of `contenders.CONTENDERS`, stock torch among them.
         latency: whether to time single calls too.
+        tune: whether kernels are measured first, so that the fused networks choose by that.
     """
 
     models: tuple[str, ...] = ("resnet50",)
@@ -359,6 +361,7 @@ class Settings:
     memory: bool = True
     contenders: tuple[str, ...] = contenders.DEFAULT
     latency: bool = False
+    tune: bool = False
 
 
 def bench(
@@ -550,6 +553,9 @@ class _Stage:
     def _make(self, result: Result) -> dict[str, Run]:
         """What to call for every contender that can run; the others say in ``result`` why not."""
         runs: dict[str, Run] = {}
+        if self.settings.tune:
+            stock, example = self.stocks[True], self._inputs("fused", result.case.batch)[0]
+            optimize(zoo.fused(self.network.name, stock), example, progress=False)
         torch.compiler.reset()  # What was compiled for other cases counts against torch's limit.
         for key in self.settings.contenders:
             contender = CONTENDERS[key]

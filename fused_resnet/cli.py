@@ -25,10 +25,11 @@ from fused_resnet.bench import Report, Settings
 from fused_resnet.bench import bench as run_bench
 from fused_resnet.check import check as run_check
 from fused_resnet.console import UserError, err, out
-from fused_resnet.contenders import CONTENDERS, DEFAULT
+from fused_resnet.contenders import CONTENDERS, DEFAULT, PEERS
 from fused_resnet.doctor import examine
 from fused_resnet.explain import explain as run_explain
 from fused_resnet.machine import has_native_bf16
+from fused_resnet.optimize import optimize
 from fused_resnet.predict import CsvWriter, Prediction, expand, read_categories
 from fused_resnet.predict import predict as run_predict
 from fused_resnet.report import compare as compare_reports
@@ -37,6 +38,9 @@ from fused_resnet.report.runner import PAGE, RESULTS
 from fused_resnet.version import __version__
 
 P = ParamSpec("P")
+
+#: Images for which `predict` plans first, unless told otherwise.
+_MANY = 256
 
 #: What ``-`` means where a file to write is asked for.
 STDOUT = Path("-")
@@ -137,6 +141,18 @@ def bench(
         typer.Option(help="Measure first call and peak memory, each in a process of its own."),
     ] = True,
     json_file: JsonOption = None,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers", help="Also time torch.compile, ONNX Runtime and OpenVINO, where installed."
+        ),
+    ] = False,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="Measure kernels first, and keep what was measured for all later runs."
+        ),
+    ] = False,
     contenders: Annotated[
         list[str] | None,
         typer.Option(
@@ -191,7 +207,8 @@ def bench(
         weights=weights,
         size=size,
         memory=memory,
-        contenders=_contenders(contenders, report),
+        contenders=_contenders(contenders, report, peers),
+        tune=tune,
     )
     write = _writer(json_file)
     with _progress() as tell:
@@ -237,6 +254,14 @@ def predict(
     backend: BackendOption = None,
     threads: ThreadsOption = None,
     size: SizeOption = None,
+    plan: Annotated[
+        bool | None,
+        typer.Option(
+            "--plan/--no-plan",
+            help=f"Measure kernels first; what was measured is kept. By default for {_MANY} images "
+            "or more.",
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the result to this file; - to print it.")
     ] = None,
@@ -266,8 +291,12 @@ def predict(
         network = zoo.load(model, weights=None if source == "random" else source, size=size)
         if network.random:
             err.print("[yellow]note:[/] the weights are random: the classes mean nothing")
+        classifier = zoo.fused(model, zoo.converted(network, d, where, channels_last=True))
+        if plan is True or (plan is None and len(files) >= _MANY):
+            example = _example(files, network, batch).to(where, d)
+            classifier = optimize(classifier, example, progress=tell)
         found = run_predict(
-            zoo.fused(model, zoo.converted(network, d, where, channels_last=True)),
+            classifier,
             files,
             network.transform,
             categories=categories or network.categories,
@@ -356,6 +385,10 @@ def explain(
     weights: WeightsOption = None,
     size: SizeOption = None,
     json_file: JsonOption = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Optimize it, and tell each layer's kernel, time and error."),
+    ] = False,
 ) -> None:
     """Name each convolution, batch norm, add and ReLU, what became of it, and why not where not."""
     where = _device(device)
@@ -367,6 +400,12 @@ def explain(
         b = _one("--batch", _batches(batch) or (1,))
         stock = zoo.converted(network, d, where, channels_last=True)
         example = torch.zeros(b, 3, network.size, network.size, dtype=d, device=where)
+        if plan:
+            made = optimize(zoo.fused(model, stock), torch.randn_like(example))
+            found = made.explain()
+            out.print(found)
+            write(found.to_dict())
+            return
         table = run_explain(zoo.fused(model, stock), example)
         out.print(str(table), markup=False, soft_wrap=True)
         write({**table.to_dict(), "model": model})
@@ -443,11 +482,11 @@ def _backends(values: list[str] | None) -> tuple[str, ...]:
     return names
 
 
-def _contenders(values: list[str] | None, report: Path | None) -> tuple[str, ...]:
-    keys = tuple(dict.fromkeys(_split(values)))
+def _contenders(values: list[str] | None, report: Path | None, peers: bool) -> tuple[str, ...]:
+    keys = tuple(_split(values))
     if keys == ("all",) or (not keys and report is not None):
         return tuple(CONTENDERS)
-    return keys or DEFAULT
+    return tuple(dict.fromkeys((*(keys or DEFAULT), *(PEERS if peers else ()))))
 
 
 def _one(option: str, values: tuple[Any, ...]) -> Any:
@@ -553,6 +592,16 @@ def _check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: it is a folder")
     if not path.absolute().parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def _example(files: list[Path], network: zoo.Network, batch: int) -> torch.Tensor:
+    """A batch of the first photo that can be read, in the layout that `predict` uses."""
+    prepared = (images.prepare(path, network.transform) for path in files)
+    x = next((p for p in prepared if isinstance(p, torch.Tensor)), None)
+    if x is None:
+        x = torch.zeros(3, network.size, network.size)
+    n = min(batch, len(files))
+    return x.expand(n, *x.shape).contiguous(memory_format=torch.channels_last)
 
 
 def _predicted(model: str, network: zoo.Network, done: list[Prediction]) -> dict[str, Any]:

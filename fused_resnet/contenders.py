@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fused_resnet import zoo
+from fused_resnet import peers, zoo
+from fused_resnet.optimize import optimize
 
 #: What is timed: from a batch to whatever the network returns.
 Run = Callable[[Tensor], Any]
@@ -68,6 +69,10 @@ def _fused(name: str, stock: nn.Module, _example: Tensor) -> Run:
     return zoo.fused(name, stock)
 
 
+def _plan(name: str, stock: nn.Module, example: Tensor) -> Run:
+    return optimize(zoo.fused(name, stock), example, progress=False)
+
+
 def _compiled(_name: str, stock: nn.Module, _example: Tensor) -> Run:
     # One shape: code that is specialised to it is the quickest that the compiler makes.
     run: Run = torch.compile(stock, dynamic=False)
@@ -87,11 +92,20 @@ CONTENDERS: dict[str, Contender] = {
     "stock_nchw": Contender("stock NCHW", "stock", False, _as_it_is),
     "stock_nhwc": Contender("stock NHWC", "stock", True, _as_it_is),
     "compile": Contender("torch.compile", "peer", True, _compiled, _no_compiler),
+    "freeze": Contender("torch.compile, frozen", "peer", True, peers.frozen, _no_compiler),
+    "onnxruntime": Contender(
+        "ONNX Runtime", "peer", False, peers.onnxruntime, peers.why_no_onnxruntime
+    ),
+    "openvino": Contender("OpenVINO", "peer", False, peers.openvino, peers.why_no_openvino),
     "fused": Contender("fused", "ours", True, _fused),
+    "plan": Contender("plan", "ours", False, _plan),
 }
 
 #: Those that are compared unless others are asked for.
-DEFAULT = ("stock_nchw", "stock_nhwc", "fused")
+DEFAULT = ("stock_nchw", "stock_nhwc", "fused", "plan")
+
+#: The engines of others.
+PEERS = tuple(key for key, contender in CONTENDERS.items() if contender.role == "peer")
 
 
 def label(key: str) -> str:

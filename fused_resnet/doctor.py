@@ -12,7 +12,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 
-from fused_resnet import _build, backends
+from fused_resnet import _build, backends, tuned_table
 from fused_resnet.console import megabytes, plain, table
 from fused_resnet.machine import Machine, machine, package_version, versions
 from fused_resnet.problem import AddReluProblem, ConvProblem, MaxPool, Problem
@@ -104,6 +104,7 @@ def examine() -> Diagnosis:
             *_extension(),
             *_devices(facts),
             *(finding for device in _present() for finding in _backends(device)),
+            *_tuned_table(),
             *_environment(),
         )
     )
@@ -241,6 +242,23 @@ def _problems(op: str, dtype: torch.dtype) -> list[Problem]:
         for r in (1, 3)
         for epilogue in ("relu", "add_relu")
     ]
+
+
+def _tuned_table() -> Iterator[Finding]:
+    section = "Tuned table"
+    found = tuned_table.table()
+    if found.path is None:
+        yield Finding(section, "file", f"none: {tuned_table.ENV} switches it off", "note")
+        return
+    wrong = found.problem()
+    if wrong is not None:
+        yield Finding(section, "file", f"{found.path} is not used: {wrong}", "note")
+        return
+    yield Finding(section, "file", f"{found.path}" + ("" if found.path.exists() else " (not yet)"))
+    here = tuned_table.environment_of(torch.device("cpu"))
+    for name, count in found.counts().items():
+        mark = "as things are now: " if name == here else ""
+        yield Finding(section, f"{count} problems", f"{mark}{name}")
 
 
 def _environment() -> Iterator[Finding]:

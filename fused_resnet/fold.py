@@ -13,6 +13,8 @@ as long as the tensors it came from are the same objects, at the same address, i
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -254,6 +256,66 @@ def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
         return _fold_any(weight, *sources)
     result = _CachedFold.apply(bias, gamma, beta, mean, var, eps, entry.result)
     return cast(tuple[Tensor, Tensor], result)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a scale or a shift comes about, with names in a state_dict in the place of tensors.
+
+    Attributes:
+        part: 0 for the scale, 1 for the shift.
+        weight: of the convolution, of which only shape and dtype count.
+        bias: of the convolution.
+        gamma: the batch norm's weight.
+        beta: its bias.
+        mean: its running mean; None if there is no batch norm.
+        var: its running variance.
+        eps: its eps.
+    """
+
+    part: int
+    weight: str
+    bias: str | None = None
+    gamma: str | None = None
+    beta: str | None = None
+    mean: str | None = None
+    var: str | None = None
+    eps: float = 0.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor that it takes."""
+        names = (self.weight, self.bias, self.gamma, self.beta, self.mean, self.var)
+        return tuple(name for name in names if name is not None)
+
+    def cook(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The vector [K] that it makes of the tensors in ``state``."""
+        names = (self.bias, self.gamma, self.beta, self.mean, self.var)
+        bias, gamma, beta, mean, var = (
+            None if name is None else state[name].detach() for name in names
+        )
+        return _fold_any(state[self.weight], bias, gamma, beta, mean, var, self.eps)[self.part]
+
+
+def recipes(model: nn.Module) -> dict[int, Recipe]:
+    """How the vectors were made that `affine_of` keeps for ``model``, by the identity of each."""
+    names = {id(t): name for name, t in model.state_dict(keep_vars=True).items()}
+    modules = {id(None): None, **{id(m): m for m in model.modules()}}
+    found: dict[int, Recipe] = {}
+    for conv in model.modules():
+        for ident, entry in _cache.get(conv, {}).items():
+            if not isinstance(conv, nn.Conv2d) or ident not in modules:
+                continue
+            *tensors, eps = _sources(conv, modules[ident])
+            tensors = [conv.weight, *tensors]
+            if all(t is None or id(t) in names for t in tensors):
+                weight, *rest = [None if t is None else names[id(t)] for t in tensors]
+                assert weight is not None
+                bias, gamma, beta, mean, var = rest
+                for part in (0, 1):
+                    recipe = Recipe(part, weight, bias, gamma, beta, mean, var, eps)
+                    found[id(entry.result[part])] = recipe
+    return found
 
 
 _Sources = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]

@@ -45,7 +45,7 @@ class Machine:
 def machine() -> Machine:
     """The facts of this machine."""
     return Machine(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=usable_cores(),
         memory=_memory(),
         isa=torch.backends.cpu.get_cpu_capability(),
@@ -111,7 +111,8 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")

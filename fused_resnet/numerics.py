@@ -51,6 +51,30 @@ class Error:
         return f"{self.l2:.2e}" + ("" if self.finite else " (non-finite values differ)")
 
 
+#: Error by norm up to which an inexact kernel (see ``Kernel.exact``) of each dtype may be used
+#: unless the user says otherwise. A layer by Winograd's F(4x4, 3x3) in fp32 is off by 6e-7 to 1e-6,
+#: one by F(2x2, 3x3) in bf16 by 4e-3, where plain sums are off by 1.5e-7 and 3e-3.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+
+#: An inexact kernel that is off by more than so many times `TOLERANCE` is broken.
+_BROKEN = 16.0
+
+
+def fault(found: Error, stock: Error, dtype: torch.dtype, exact: bool) -> str | None:
+    """None if a kernel's result may be right, else what is wrong with it.
+
+    An exact kernel must satisfy the rule. An inexact one may also be off by some times `TOLERANCE`;
+    whether it is then used is for its user's tolerance to say.
+    """
+    if found.within(stock, dtype):
+        return None
+    if not exact and found.finite and dtype in TOLERANCE:
+        limit = _BROKEN * TOLERANCE[dtype]
+        if found.l2 <= limit and found.worst <= limit:
+            return None
+    return f"its error is {found}, stock torch's is {stock}"
+
+
 def largest(*errors: Error) -> Error:
     """The larger error in each respect, for a stock result that can be had in several ways.
 

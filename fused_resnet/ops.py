@@ -214,7 +214,7 @@ def _pair(value: Ints) -> tuple[int, int]:
     return value[0], value[1]
 
 
-def _channels_last(y: Tensor) -> Tensor:
+def channels_last(y: Tensor) -> Tensor:
     """Give y the strides that the fake implementation promises; copy it only if it must be."""
     strides = channels_last_strides(*y.shape)
     if y.stride() == strides:
@@ -315,7 +315,7 @@ def run_conv(
         residual = residual.contiguous(memory_format=torch.channels_last)
     # Kernels read the vectors as flat arrays.
     scale, shift = scale.contiguous(), shift.contiguous()
-    return _channels_last(backends.run(choice, x, weight, scale, shift, residual))
+    return channels_last(backends.run(choice, x, weight, scale, shift, residual))
 
 
 def _conv_affine_act(

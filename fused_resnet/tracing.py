@@ -128,20 +128,20 @@ def trace(module: nn.Module, inline: Callable[[Key], bool] = lambda key: True) -
     if "forward" in vars(module):
         raise Untraceable("its forward was replaced on the instance")
     # torch.fx patches nn.Module while it traces, for all threads.
-    with _lock, _unchanged(module):
+    with _lock, unchanged(module):
         tracer = _Tracer(inline)
         try:
             tracer.trace(module)
         except Untraceable:
             raise
         except Exception as e:
-            raise Untraceable(_reason(e)) from e
+            raise Untraceable(reason_of(e)) from e
         finally:
             tracer.restore_globals()
     return tracer.result
 
 
-def _reason(e: Exception) -> str:
+def reason_of(e: Exception) -> str:
     """The first sentence of an error's message."""
     if isinstance(e, Untraceable):
         return str(e)
@@ -301,7 +301,7 @@ class _Tracer(fx.Tracer):
                 self.result.frames[key] = Frame(path, m, plain)
                 return value
             except Exception as e:
-                self.result.opaque[key] = _reason(e)
+                self.result.opaque[key] = reason_of(e)
                 self._forget_after(last, key)
         proxy = self.create_proxy("call_module", path, args, kwargs)
         proxy.node.meta["key"] = key
@@ -433,7 +433,7 @@ def _contents(value: Any) -> Any:
 
 
 @contextmanager
-def _unchanged(root: nn.Module) -> Iterator[None]:
+def unchanged(root: nn.Module) -> Iterator[None]:
     """Undo, and refuse, every change to attributes of ``root`` and of what is below it."""
     before = [
         (m, dict(vars(m)), {k: c for k, v in vars(m).items() if (c := _contents(v)) is not None})

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fused_resnet import backends, ops
+from fused_resnet import backends, ops, tuned_table
 from fused_resnet._build import extension, extension_error
+
+# What was measured on this machine before decides nothing here; processes that tests start inherit
+# it.
+os.environ[tuned_table.ENV] = "off"
 
 settings.register_profile(
     "repeatable",
@@ -33,6 +40,16 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A tuned table of the test's own, at this path."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tuned.json"
+        monkeypatch.setenv(tuned_table.ENV, str(path))
+        yield path
+        ops._remembered.clear()
 
 
 @pytest.fixture

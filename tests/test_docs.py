@@ -12,7 +12,8 @@ import typer
 from fused_resnet.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS]
 #: A block of Python, and what it prints if that follows.
 EXAMPLE = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^(?:    )?fused-resnet (.+?)(?:  +#.*)?$", re.MULTILINE)
@@ -29,7 +30,7 @@ def test_every_block_is_of_a_kind_that_is_tested():
         assert set(labels) <= {"python", "text", "sh"}, page
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_name)
+@pytest.mark.parametrize("page", DOCS, ids=_name)
 @pytest.mark.filterwarnings("default")
 def test_examples_run_and_print_what_is_shown(page, capsys):
     """In order and in one namespace, as a reader would run them."""
@@ -43,8 +44,10 @@ def test_examples_run_and_print_what_is_shown(page, capsys):
         assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()
 
 
-def test_readme_has_examples():
-    assert len(EXAMPLE.findall(PAGES[0].read_text())) >= 3
+def test_readme_shows_what_each_example_prints():
+    """Those that do are run by test_readme.py."""
+    examples = EXAMPLE.findall(PAGES[0].read_text())
+    assert all(shown for _, shown in examples)
 
 
 @pytest.mark.quick

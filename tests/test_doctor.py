@@ -5,7 +5,10 @@ import json
 import pytest
 import torch
 
-from fused_resnet import _build, backends, doctor, machine
+from fused_resnet import _build, backends, doctor, machine, tuned_table
+from fused_resnet.problem import AddReluProblem
+from fused_resnet.tuned_table import Entry
+from tests.helpers import CPU
 
 
 def _find(diagnosis, section, name):
@@ -91,3 +94,23 @@ def test_a_driver_that_torch_cannot_use(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     found = next(f for f in doctor._devices(facts) if f.name == "cuda")
     assert found.status == "note"
+
+
+def test_the_tuned_table(tuned):
+    found = _find(doctor.examine(), "Tuned table", "file")
+    assert (found.value, found.status) == (f"{tuned} (not yet)", "ok")
+    table = tuned_table.table()
+    table.put("add_relu", AddReluProblem((1,), torch.float32, False, True), CPU, Entry(0.0, ()))
+    assert table.save()
+    diagnosis = doctor.examine()
+    assert "as things are now" in _find(diagnosis, "Tuned table", "1 problems").value
+    tuned.write_text("{")
+    found = _find(doctor.examine(), "Tuned table", "file")
+    assert found.status == "note"
+    assert "is not used: it is not JSON" in found.value
+    assert tuned.read_text() == "{"  # To look is not to mend.
+
+
+def test_no_tuned_table(monkeypatch):
+    monkeypatch.setenv(tuned_table.ENV, "off")
+    assert "switches it off" in _find(doctor.examine(), "Tuned table", "file").value

@@ -4,4 +4,10 @@
 
 #include "cpu/conv_kernel.h"
 
-namespace fused_resnet::cpu {}  // namespace fused_resnet::cpu
+namespace fused_resnet::cpu {
+
+const ConvKernel& direct_generic();
+const ConvKernel& direct_avx2();
+const ConvKernel& direct_avx512();
+
+}  // namespace fused_resnet::cpu

@@ -16,6 +16,11 @@ struct FloatMath {
   static __m256 load_param(const float* p) { return _mm256_loadu_ps(p); }
   static __m256 add(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
   static __m256 multiply_add(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+  static __m256 multiply(__m256 a, __m256 b) { return _mm256_mul_ps(a, b); }
+  // max(a, b) returns b when either is NaN.
+  static __m256 larger(__m256 a, __m256 b) {
+    return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  }
   // max(0, v) returns its second operand when either is NaN or both are zeros: NaN and -0 pass.
   static __m256 relu(__m256 v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
 };

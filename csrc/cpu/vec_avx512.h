@@ -19,6 +19,11 @@ struct FloatMath {
   static __m512 load_param(const float* p) { return _mm512_loadu_ps(p); }
   static __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
   static __m512 multiply_add(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+  static __m512 multiply(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
+  // max(a, b) returns b when either is NaN.
+  static __m512 larger(__m512 a, __m512 b) {
+    return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+  }
   // max(0, v) returns its second operand when either is NaN or both are zeros: NaN and -0 pass.
   static __m512 relu(__m512 v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
 };

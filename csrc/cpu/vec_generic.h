@@ -75,6 +75,8 @@ struct Math {
   static T load_param(const T* p) { return *p; }
   static T add(T a, T b) { return a + b; }
   static T multiply_add(T a, T b, T c) { return a * b + c; }
+  static T multiply(T a, T b) { return a * b; }
+  static T larger(T a, T b) { return b > a || b != b ? b : a; }
   // Not std::max: a NaN and -0 must pass, and the comparison is false for both.
   static T relu(T v) { return v < T(0) ? T(0) : v; }
 };

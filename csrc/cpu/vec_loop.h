@@ -5,6 +5,7 @@
 //   V::Register, V::kWidth  the numbers in registers, fp32 or float64, and how many there are
 //   V::load, V::store       between memory, aligned or not, and registers; stores round to even
 //   V::load_param, V::add, V::multiply_add, V::relu
+//   V::multiply, V::larger  of fp32 only; a NaN is larger than anything
 //
 // Everything here and there has internal linkage: the linker keeps one copy of what several files
 // share, and that copy could hold instructions that the CPU at hand lacks.
@@ -15,6 +16,10 @@
 
 namespace fused_resnet::cpu {
 namespace {
+
+// The C++ library's have external linkage, as the head of this file rules out.
+constexpr int64_t min(int64_t a, int64_t b) { return b < a ? b : a; }
+constexpr int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // The first `count` <= kWidth of a vector; the rest of the register is zero.
 template <typename V, typename T, typename Load>

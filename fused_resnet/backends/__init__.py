@@ -1,6 +1,7 @@
 """Which kernel runs: the registry of all kernels, the override, and the choice among them.
 
-Order of choice: what the user forces > heuristic order. A kernel is offered a problem only if it
+Order of choice: what the user forces > what was measured (see `fused_resnet.tuned_table`) >
+heuristic order. A kernel is offered a problem only if it
 says that it supports it and has been verified in this process, on this device and dtype, against
 float64; stock torch comes last and always can. Every refusal is kept with its reason: `choose`
 returns them, and `observe` tells which kernels ran.
@@ -20,9 +21,11 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import cpu, cuda, library, torch_, triton_
-from fused_resnet.backends.kernel import Kernel, PackedKernel
+from fused_resnet.backends.kernel import Kernel, PackedKernel, Prepared
 from fused_resnet.backends.verify import is_out_of_memory, verify
 from fused_resnet.problem import AddReluProblem, Problem
+from fused_resnet.tuned_table import table
+from fused_resnet.warn import FusedResNetWarning
 
 #: Every kernel, those of the backend that heuristics prefer first. ``torch`` is last: it can do
 #: all.
@@ -35,10 +38,6 @@ NAMES: tuple[str, ...] = tuple(dict.fromkeys(k.backend for k in KERNELS))
 
 #: Environment variable that forces backends: one name, or several separated by commas.
 ENV = "FUSED_RESNET_BACKEND"
-
-
-class FusedResNetWarning(UserWarning):
-    """Something ran otherwise than asked for or expected; the message says what and why."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,8 @@ def backend(*names: str) -> Iterator[None]:
 def generation() -> tuple[int, bool, bool]:
     """What changes whenever an earlier choice may no longer hold.
 
-    That is when a kernel was rejected, and when oneDNN or cuDNN is switched on or off, as
-    ``torch.backends.mkldnn.flags`` and ``torch.backends.cudnn.flags`` do.
+    That is when a kernel was rejected or kernels were measured, and when oneDNN or cuDNN is
+    switched on or off, as ``torch.backends.mkldnn.flags`` and ``torch.backends.cudnn.flags`` do.
     """
     return _generation, torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
 
@@ -145,12 +144,12 @@ def observe() -> Iterator[list[Choice]]:
 
 
 def candidates(op: str, problem: Problem, device: torch.device) -> list[Kernel]:
-    """All kernels of ``op`` in the order in which they would be tried, supported or not."""
+    """All exact kernels of ``op`` in the order in which they would be tried, supported or not."""
     names = forced()
     order = NAMES if names is None else (*(n for n in names if n != "torch"), "torch")
     if names is not None and "torch" in names:
         order = names[: names.index("torch") + 1]
-    ranked = [k for name in order for k in KERNELS if k.op == op and k.backend == name]
+    ranked = [k for name in order for k in KERNELS if k.op == op and k.backend == name and k.exact]
 
     def rank(kernel: Kernel) -> tuple[bool, int, bool]:
         # An order that the user gave holds among backends; else what is promising goes first.
@@ -160,8 +159,33 @@ def candidates(op: str, problem: Problem, device: torch.device) -> list[Kernel]:
     return sorted(ranked, key=rank)  # stable: in heuristic order where nothing else decides
 
 
+def named(op: str, name: str, problem: Problem, device: torch.device) -> Kernel | None:
+    """The kernel of this full name that computes ``problem``, configurations included."""
+    for kernel in KERNELS:
+        if kernel.op != op or not name.startswith(kernel.backend):
+            continue
+        if kernel.full_name == name:
+            return kernel if kernel.supports(problem, device) is None else None
+        if kernel.supports(problem, device) is None:
+            for variant in kernel.variants(problem, device):
+                if variant.full_name == name:
+                    return variant if variant.supports(problem, device) is None else None
+    return None
+
+
+def _measured(op: str, problem: Problem, device: torch.device) -> list[Kernel]:
+    """The exact kernels that were measured on this problem, fastest first."""
+    entry = table().entry(op, problem, device)
+    if entry is None:
+        return []
+    found = (named(op, t.kernel, problem, device) for t in entry.ranked(tolerance=None))
+    return [kernel for kernel in found if kernel is not None]
+
+
 def choose(op: str, problem: Problem, device: torch.device) -> Choice:
     """The first candidate that supports the problem and is verified on this device.
+
+    Unless a backend is forced, those that were measured on this problem come first, fastest first.
 
     Args:
         op: name of the op without its namespace.
@@ -169,7 +193,10 @@ def choose(op: str, problem: Problem, device: torch.device) -> Choice:
         device: of the tensors.
     """
     rejected: list[tuple[str, str]] = []
-    for kernel in candidates(op, problem, device):
+    order = candidates(op, problem, device)
+    if forced() is None:
+        order = list(dict.fromkeys((*_measured(op, problem, device), *order)))
+    for kernel in order:
         reason = kernel.supports(problem, device)
         if reason is None:
             reason = verdict(kernel, device, problem.dtype)
@@ -189,6 +216,16 @@ def choose(op: str, problem: Problem, device: torch.device) -> Choice:
             return Choice(kernel, problem, device, tuple(rejected))
         rejected.append((kernel.full_name, reason))
     raise RuntimeError(f"no kernel computes {problem} on {device}: {rejected}")
+
+
+def heuristic(op: str, problem: Problem, device: torch.device) -> Kernel:
+    """The kernel that would be chosen if nothing had been measured."""
+    for kernel in candidates(op, problem, device):
+        if kernel.supports(problem, device) is None and (
+            verdict(kernel, device, problem.dtype) is None
+        ):
+            return kernel
+    raise RuntimeError(f"no kernel computes {problem} on {device}")
 
 
 def verdict(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -229,6 +266,13 @@ def run(choice: Choice, *args: Tensor | None) -> Tensor:
     return result
 
 
+def forget_choices() -> None:
+    """Have every choice made anew, since something was measured."""
+    global _generation
+    with _lock:
+        _generation += 1
+
+
 def reject(kernel: Kernel, device: torch.device, dtype: torch.dtype, reason: str) -> None:
     """Never use ``kernel`` again on this device and dtype in this process, and warn once why."""
     global _generation
@@ -256,11 +300,15 @@ __all__ = [
     "FusedResNetWarning",
     "Kernel",
     "PackedKernel",
+    "Prepared",
     "backend",
     "candidates",
     "choose",
     "forced",
+    "forget_choices",
     "generation",
+    "heuristic",
+    "named",
     "observe",
     "reject",
     "run",

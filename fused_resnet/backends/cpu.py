@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_resnet import _build
 from fused_resnet.backends.kernel import Kernel, PackedKernel
 from fused_resnet.backends.torch_ import affine, finish
-from fused_resnet.problem import EPILOGUES, AddReluProblem, ConvProblem
+from fused_resnet.problem import EPILOGUES, AddReluProblem, ConvProblem, MaxPool
 
 
 def affine_act_(
@@ -66,16 +66,44 @@ class NativeAddRelu(Kernel):
         return result
 
 
+def geometry(problem: ConvProblem) -> tuple[int, ...]:
+    """Sizes of a convolution in the order in which the compiled extension takes them."""
+    p = problem
+    image, window = (p.n, p.c, p.h, p.w, p.k, p.r, p.s), (*p.stride, *p.padding, *p.dilation)
+    return *image, *window, p.groups
+
+
+def pool_window(pool: MaxPool) -> tuple[int, ...]:
+    """Kernel, stride and padding of a pooling as the compiled extension takes them."""
+    return *pool.kernel, *pool.stride, *pool.padding
+
+
 @functools.lru_cache(maxsize=4096)
 def native_conv(name: str, isa: str, problem: ConvProblem) -> Any:
     """The compiled convolution ``name`` at level ``isa`` for one problem, see ``_C.CpuConv``."""
     assert _build.extension is not None
-    p = problem
-    geometry = (
-        *(p.n, p.c, p.h, p.w, p.k, p.r, p.s),
-        *(*p.stride, *p.padding, *p.dilation, p.groups),
-    )
-    return _build.extension.CpuConv(name, isa, geometry, EPILOGUES.index(p.epilogue), p.dtype)
+    epilogue = EPILOGUES.index(problem.epilogue)
+    return _build.extension.CpuConv(name, isa, geometry(problem), epilogue, problem.dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def native_stem(isa: str, problem: ConvProblem) -> Any:
+    """The compiled stem at level ``isa`` for one problem with pooling, see ``_C.CpuStem``."""
+    assert _build.extension is not None
+    assert problem.pool is not None
+    window = pool_window(problem.pool)
+    return _build.extension.CpuStem(isa, geometry(problem), window, problem.dtype)
+
+
+def unavailable(problem: ConvProblem, device: torch.device) -> str | None:
+    """Why no native convolution can be offered a problem, whatever its geometry."""
+    if device.type != "cpu":
+        return f"compiled for the CPU, not for {device.type}"
+    if _build.extension is None:
+        return f"the compiled extension is missing: {_build.extension_error}"
+    if problem.dtype not in (torch.float32, torch.bfloat16):
+        return f"only float32 and bfloat16 are offered, not {problem.dtype}"
+    return None
 
 
 class NativeConv(PackedKernel):
@@ -100,16 +128,16 @@ class NativeConv(PackedKernel):
 
     def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
         """CPU, fp32 and bf16, and what the compiled kernel says."""
-        if device.type != "cpu":
-            return f"compiled for the CPU, not for {device.type}"
-        if _build.extension is None:
-            return f"the compiled extension is missing: {_build.extension_error}"
-        if problem.dtype not in (torch.float32, torch.bfloat16):
-            return f"only float32 and bfloat16 are offered, not {problem.dtype}"
+        if reason := unavailable(problem, device):
+            return reason
+        assert _build.extension is not None
         isa = _build.extension.isa()
         if self.name not in _build.extension.cpu_conv_kernels(isa):
             return f"this CPU, or level {isa}, lacks the instructions"
-        return self.conv(problem).why_not or None
+        try:
+            return self.conv(problem).why_not or None
+        except ValueError as error:  # a size beyond 32 bits
+            return str(error)
 
     def promising(self, problem: ConvProblem, device: torch.device) -> bool:
         """No: that it beats oneDNN is for a measurement to say."""
@@ -136,6 +164,86 @@ class NativeConv(PackedKernel):
         return result
 
 
+class NativeStem(PackedKernel):
+    """The stem in one pass over x, NCHW or channels_last; see ``csrc/cpu/stem.h``."""
+
+    backend, op, name = "cpu", "conv_affine_relu_maxpool", "stem"
+    packs_vectors = False
+
+    def stem(self, problem: ConvProblem) -> Any:
+        """The compiled stem for ``problem``, at the instruction-set level in use."""
+        assert _build.extension is not None
+        return native_stem(_build.extension.isa(), problem)
+
+    def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
+        """CPU, fp32 and bf16, no groups, no dilation."""
+        if reason := unavailable(problem, device):
+            return reason
+        try:
+            return self.stem(problem).why_not or None
+        except ValueError as error:  # a size beyond 32 bits, or a window the extension refuses
+            return str(error)
+
+    def promising(self, problem: ConvProblem, device: torch.device) -> bool:
+        """No: that it beats oneDNN is for a measurement to say."""
+        return False
+
+    def pack_key(self, problem: ConvProblem) -> Hashable:
+        """The layout differs between levels, and otherwise depends on the weight's shape alone."""
+        assert _build.extension is not None
+        isa: str = _build.extension.isa()
+        return isa
+
+    def prepare(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """The weight in the stem's layout, as bytes."""
+        packed: Tensor = self.stem(problem).pack(weight.detach())
+        return packed
+
+    def run(self, problem: ConvProblem, *args: Any) -> Tensor:
+        """See `Kernel`."""
+        x, weight, scale, shift, _residual = args
+        packed = self.packed(problem, weight, scale, shift)
+        result: Tensor = self.stem(problem).run(x, packed, scale, shift)
+        return result
+
+
+class WinogradConv(NativeConv):
+    """A 3x3 convolution of stride 1 by Winograd's minimal filtering (``csrc/cpu/winograd.h``).
+
+    ``winograd2`` computes tiles of 2x2 outputs, with 2.25 times fewer products than the definition;
+    ``winograd4`` and ``winograd4_compact`` tiles of 4x4, with 4 times fewer, at the interpolation
+    points 0, +-5/8, +-3/2 and infinity. ``winograd4_compact`` reads the weights as they are, a
+    quarter of the bytes, and transforms them while it runs: for small batches and wide layers.
+
+    Inputs, weights and sums pass through transforms, whose rounding adds to the error. Against
+    float64 by norm (and the worst element, relative to the largest), with AVX-512, as
+    ``benchmarks/winograd_error.py`` measures it; stock torch in the order NCHW:
+
+    ==================  =================  =================  =================  =================
+    layer, fp32         stock              winograd2          winograd4          winograd4_compact
+    ==================  =================  =================  =================  =================
+    64 channels 56x56   1.6e-7 (2.7e-7)    2.3e-7 (3.2e-7)    6.3e-7 (1.5e-6)    5.1e-7 (1.1e-6)
+    128 channels 28x28  1.7e-7 (2.3e-7)    2.4e-7 (2.7e-7)    6.6e-7 (1.2e-6)    5.4e-7 (9.3e-7)
+    256 channels 14x14  1.6e-7 (1.9e-7)    2.3e-7 (2.4e-7)    6.2e-7 (9.9e-7)    5.2e-7 (8.6e-7)
+    512 channels 7x7    1.8e-7 (2.3e-7)    2.6e-7 (2.7e-7)    7.2e-7 (9.5e-7)    6.2e-7 (9.9e-7)
+    ResNet-18           1.5e-7 (2.2e-7)    1.7e-7 (2.1e-7)    1.7e-7 (2.4e-7)    2.4e-7 (2.9e-7)
+    ==================  =================  =================  =================  =================
+
+    On the same layers stock torch in channels_last order is off by 3.0e-7 to 7.9e-7.
+
+    In bf16 only ``winograd2`` on a CPU with AVX512_BF16 rounds what it transforms to bf16: its
+    layers are off by 3.7e-3 to 3.9e-3 where stock torch's are by 1.7e-3, a whole ResNet-18 by
+    3.3e-3 where it is by 2.7e-3. Else the arithmetic is fp32 and the error that of rounding the
+    result, as stock torch's.
+
+    A NaN or infinity of the input reaches all outputs of its tile (up to 6x6 inputs make 4x4
+    outputs), and so some that the definition leaves finite. An output whose definition is not
+    finite never is, unless ReLU makes 0 of -infinity.
+    """
+
+    exact = False
+
+
 def _native_convs() -> tuple[NativeConv, ...]:
     """A kernel for each name that any level of this CPU offers, simplest first."""
     extension = _build.extension
@@ -143,7 +251,9 @@ def _native_convs() -> tuple[NativeConv, ...]:
         return ()
     levels = (extension.cpu_conv_kernels(isa) for isa in extension.isa_available())
     names = dict.fromkeys(name for level in levels for name in level)
-    return tuple(NativeConv(name) for name in names)
+    return tuple(
+        WinogradConv(name) if name.startswith("winograd") else NativeConv(name) for name in names
+    )
 
 
-KERNELS: tuple[Kernel, ...] = (NativeAddRelu(), *_native_convs())
+KERNELS: tuple[Kernel, ...] = (NativeAddRelu(), *_native_convs(), NativeStem())

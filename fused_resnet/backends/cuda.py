@@ -188,17 +188,21 @@ class ImplicitGemm(PackedKernel):
     Args:
         tile: compute with this tile and the best split for it; None: with the best of all.
         tf32: serve fp32 problems, on the tf32 tensor cores, and no others.
+        splits: blocks that share a tile's reduction; None: as many as seem best.
     """
 
     backend, op = "cuda", "conv_affine_act"
 
-    def __init__(self, tile: Tile | None = None, tf32: bool = False) -> None:
+    def __init__(
+        self, tile: Tile | None = None, tf32: bool = False, splits: int | None = None
+    ) -> None:
         super().__init__()
         self.tile = tile
         self.tf32 = tf32
+        self.splits = splits
         # An instance's name: the class variable of Kernel is only declared.
         parts = ["implicit_gemm", *(["tf32"] if tf32 else []), *([tile.name] if tile else [])]
-        self.name = "_".join(parts)  # type: ignore[misc]
+        self.name = "_".join(parts) + (f"/{splits}" if splits else "")  # type: ignore[misc]
 
     def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
         """sm_80 and newer; fp16, bf16 and fp32; any geometry."""
@@ -216,6 +220,17 @@ class ImplicitGemm(PackedKernel):
         """Those of one tile are for the tuner to try."""
         return self.tile is None
 
+    def variants(self, problem: ConvProblem, device: torch.device) -> tuple[Kernel, ...]:
+        """Of the kernel that chooses for itself: also the other splits of the tile it chooses."""
+        if self.tile is not None:
+            return (self,)
+        chosen = self.schedule(problem, multiprocessors(device))
+        splits = [s.splits for s in self.schedules(problem) if s.tile == chosen.tile]
+        near = sorted(
+            (s for s in splits if s != chosen.splits), key=lambda s: abs(s - chosen.splits)
+        )
+        return (self, *(_split(chosen.tile, self.tf32, s) for s in near[:_NEIGHBOURS]))
+
     def _too_large(self, problem: ConvProblem) -> str | None:
         """Why the kernel's indices do not suffice; None if they do."""
         p, limit = bundled(problem), 2**31
@@ -228,13 +243,16 @@ class ImplicitGemm(PackedKernel):
         if max(reach) >= -_OUTSIDE // 2 or p.groups > 65535:
             return "the image or the number of groups is too large for the kernel's grid"
         if self.tile is not None and not self.schedules(problem):
-            return f"a tile of {self.tile.name} is not offered where x is gathered"
+            schedule = self.tile.name + (f" split {self.splits}" if self.splits else "")
+            return f"a tile of {schedule} is not offered for this reduction"
         return None
 
     def schedules(self, problem: ConvProblem) -> tuple[ConvSchedule, ...]:
         """What a tuner may choose among."""
         every = candidates(bundled(problem), gathers(problem))
-        return tuple(s for s in every if self.tile is None or s.tile == self.tile)
+        return tuple(
+            s for s in every if self.tile in (None, s.tile) and self.splits in (None, s.splits)
+        )
 
     def schedule(self, problem: ConvProblem, processors: int) -> ConvSchedule:
         """What runs on a GPU of that many multiprocessors."""
@@ -277,6 +295,15 @@ class ImplicitGemm(PackedKernel):
             schedule.splits,
         )
         return result
+
+
+#: Splits that a tuner tries beside the one that seems best.
+_NEIGHBOURS = 3
+
+
+@functools.cache
+def _split(tile: Tile, tf32: bool, splits: int) -> ImplicitGemm:
+    return ImplicitGemm(tile, tf32, splits)
 
 
 def nhwc(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,16 @@ from torch import Tensor
 
 from fused_resnet.freshness import Snapshot, capturing, persistent
 from fused_resnet.problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Packed weights in the place of a weight: ``run`` takes them as they are and looks nothing up.
+
+    A plan holds these and not the weight, so that no second copy of the weight stays in memory.
+    """
+
+    value: Any
 
 
 class Kernel(ABC):
@@ -32,6 +43,10 @@ class Kernel(ABC):
     op: ClassVar[str]
     #: Name within the backend, as tables print it.
     name: ClassVar[str]
+    #: Whether its error is that of a plain sum of products, so that the rule of ``numerics`` holds
+    #: for it whatever the weights. Others, as Winograd's, run only where a plan has measured their
+    #: error on the layer at hand and the user's tolerance admits it.
+    exact: ClassVar[bool] = True
 
     @abstractmethod
     def supports(self, problem: Any, device: torch.device) -> str | None:
@@ -40,6 +55,14 @@ class Kernel(ABC):
     def promising(self, problem: Any, device: torch.device) -> bool:
         """Whether this kernel is expected to be quick here; the untuned choice tries it first."""
         return True
+
+    def variants(self, problem: Any, device: torch.device) -> tuple[Kernel, ...]:
+        """The configurations of this kernel that are worth timing, most promising first.
+
+        Each is a kernel by itself, the same object whenever asked for, whose name says the
+        configuration. By default there is but one: the kernel as it is.
+        """
+        return (self,)
 
     @abstractmethod
     def run(self, problem: Any, *args: Any) -> Tensor:
@@ -79,8 +102,18 @@ class PackedKernel(Kernel):
         """What of the problem the packed layout depends on; by default nothing."""
         return None
 
+    def prepared(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> Prepared:
+        """What ``run`` takes in the place of the weight; made anew, and kept nowhere."""
+        return Prepared(self.prepare(problem, weight, scale, shift))
+
+    def layout(self, problem: Any, device: torch.device) -> Hashable:
+        """Problems of equal layouts share what is `prepared` of one weight."""
+        return self.pack_key(problem)
+
     def packed(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> Any:
         """The prepared weights for this problem, from the cache where it is still true."""
+        if isinstance(weight, Prepared):
+            return weight.value
         sources = (weight, scale, shift) if self.packs_vectors else (weight,)
         key = self.pack_key(problem)
         entry = self._entries.get(id(weight))
@@ -130,4 +163,4 @@ class _Entry:
         self.packed: dict[Hashable, Any] = {}
 
 
-__all__ = ["Kernel", "PackedKernel", "Problem"]
+__all__ = ["Kernel", "PackedKernel", "Prepared", "Problem"]

@@ -91,6 +91,15 @@ class Config:
     tma: bool = False
     warp_specialize: bool = False
 
+    @property
+    def name(self) -> str:
+        """The configuration as tables print it: ``conv 128x64x32 w4 s4 tma split2``."""
+        t = self.tile
+        parts = [f"{self.path} {t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}"]
+        parts += ["tma"] if self.tma else []
+        parts += [f"split{self.split_k}"] if self.split_k > 1 else []
+        return " ".join(parts)
+
 
 # 16-bit operands. 64 elements are one 128-byte line of shared memory.
 _MMA16 = (

@@ -5,15 +5,23 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Hashable
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.kernel import Kernel, PackedKernel
+from fused_resnet.backends.kernel import Kernel, PackedKernel, Prepared
 from fused_resnet.problem import AddReluProblem, ConvProblem, MaxPool
 
-from .config import Arch, heuristic, padded_channels, stem_pool_tile
+from .config import (
+    Arch,
+    Config,
+    configs,
+    heuristic,
+    padded_channels,
+    predicted_cycles,
+    stem_pool_tile,
+)
 from .device import arch_of, on_device, precision_of, refusal
 from .launch import bind
 from .layout import channels_last, nearest_tf32, vector
@@ -65,8 +73,20 @@ class _TritonConvolution(PackedKernel):
             self._paths[key] = path
         return path
 
+    def prepared(
+        self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor
+    ) -> Prepared:
+        """See `PackedKernel`."""
+        return super().prepared(self._path(problem, weight.device), weight, scale, shift)
+
+    def layout(self, problem: ConvProblem, device: torch.device) -> Hashable:
+        """See `PackedKernel`."""
+        return super().layout(self._path(problem, device), device)
+
     def packed(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> _Packed:
         """The packed weights for this problem, from the cache where it is still true."""
+        if isinstance(weight, Prepared):
+            return cast(_Packed, weight.value)
         # Layouts depend on the device too, which only the path knows.
         packed: _Packed = super().packed(self._path(problem, weight.device), weight, scale, shift)
         return packed
@@ -111,10 +131,18 @@ class TritonConv(_TritonConvolution):
     """``conv_affine_act``: a GEMM, an implicit GEMM or a convolution over padded rows.
 
     ``arch`` takes the configurations of another GPU than the one at hand, for the interpreter.
+    ``config`` is the one to compute with; by default the one that seems best for each problem.
     """
 
     op: ClassVar[str] = "conv_affine_act"
     name: ClassVar[str] = "conv"
+
+    def __init__(self, arch: Arch | None = None, config: Config | None = None) -> None:
+        super().__init__(arch)
+        self._config = config
+        if config is not None:
+            # An instance's name: the class variable of Kernel is only declared.
+            self.name = f"conv[{config.name}]"  # type: ignore[misc]
 
     def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
         """None if this kernel computes ``problem`` on ``device``, else why it does not."""
@@ -122,10 +150,36 @@ class TritonConv(_TritonConvolution):
             return "max-pooling is another kernel's"
         if max(problem.r, problem.s) > 16:
             return "filters larger than 16 are not supported"
-        return refusal(problem.dtype, device)
+        reason = refusal(problem.dtype, device)
+        if reason is None and self._config is not None:
+            arch, precision = self._arch or arch_of(device), precision_of(problem.dtype)
+            if self._config not in configs(problem, arch, precision):
+                return "this configuration is not made for such a problem"
+        return reason
+
+    def variants(self, problem: ConvProblem, device: torch.device) -> tuple[Kernel, ...]:
+        """The configurations of the smallest predicted times; the first is what this one takes."""
+        if self._config is not None or device.type != "cuda":
+            return (self,)
+        arch, precision = self._arch or arch_of(device), precision_of(problem.dtype)
+        ranked = sorted(
+            configs(problem, arch, precision),
+            key=lambda config: predicted_cycles(config, problem, arch, precision),
+        )
+        return (self, *(_configured(self._arch, config) for config in ranked[1:_VARIANTS]))
 
     def _make(self, problem: ConvProblem, arch: Arch, precision: str, device: torch.device) -> Path:
-        return make_path(problem, heuristic(problem, arch, precision), arch, precision, device)
+        config = self._config or heuristic(problem, arch, precision)
+        return make_path(problem, config, arch, precision, device)
+
+
+#: Configurations of one problem that a tuner times.
+_VARIANTS = 8
+
+
+@lru_cache(maxsize=1024)
+def _configured(arch: Arch | None, config: Config) -> TritonConv:
+    return TritonConv(arch, config)
 
 
 class TritonStemPool(_TritonConvolution):

@@ -1,0 +1,59 @@
+// Direct convolution in AVX2 and FMA; bf16 is widened to fp32.
+
+#include "cpu/direct_conv.h"
+#include "cpu/stem_conv.h"
+#include "cpu/vec_avx2.h"
+
+namespace fused_resnet::cpu {
+namespace avx2 {
+namespace {
+
+// 6 pixels x 16 channels: 12 sums, 2 weights and an input in 16 registers.
+template <class Vector>
+struct DirectPolicy {
+  using V = Vector;
+  using Element = typename V::Element;
+  using Weight = float;
+  static constexpr int kVectors = 2, kGroupedRows = 6, kWeightsOfVector = 8;
+  static constexpr int rows(int64_t) { return 6; }
+  static __m256 zero() { return _mm256_setzero_ps(); }
+  static void store_sum(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
+  static __m256i load_lanes(const int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static __m256 permute(__m256 v, __m256i lanes) { return _mm256_permutevar8x32_ps(v, lanes); }
+  static __m256 weight(const float* p) { return _mm256_loadu_ps(p); }
+  static __m256 multiply_add(__m256 x, __m256 w, __m256 sum) { return _mm256_fmadd_ps(x, w, sum); }
+};
+
+struct DirectFloat32 : DirectPolicy<Float32> {
+  static constexpr int kStep = 1, kHalves = 1;
+  static __m256 input(const float* p, int) { return _mm256_broadcast_ss(p); }
+  static __m256 last_input(const float* p, int half) { return input(p, half); }
+};
+
+// A pair of channels is fetched at once; each is then half a register away from being fp32.
+struct DirectBFloat16 : DirectPolicy<BFloat16> {
+  static constexpr int kStep = 2, kHalves = 2;
+  static __m256 input(const uint16_t* p, int half) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof(pair));
+    const __m256i both = _mm256_set1_epi32(pair);
+    return _mm256_castsi256_ps(half == 0 ? _mm256_slli_epi32(both, 16)
+                                         : _mm256_and_si256(both, _mm256_set1_epi32(0xffff0000)));
+  }
+  static __m256 last_input(const uint16_t* p, int half) {
+    return half == 0 ? _mm256_castsi256_ps(_mm256_set1_epi32(*p << 16)) : zero();
+  }
+};
+
+}  // namespace
+}  // namespace avx2
+
+const DirectFunctions kDirectFloat32Avx2 = kDirectFunctions<avx2::DirectFloat32>;
+const DirectFunctions kDirectBFloat16Avx2 = kDirectFunctions<avx2::DirectBFloat16>;
+
+const StemFunctions kStemFloat32Avx2 = kStemFunctions<avx2::DirectFloat32>;
+const StemFunctions kStemBFloat16Avx2 = kStemFunctions<avx2::DirectBFloat16>;
+
+}  // namespace fused_resnet::cpu

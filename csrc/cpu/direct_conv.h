@@ -1,0 +1,394 @@
+// The loops of the direct convolution around its tiles (direct_tile.h), for any policy `P`.
+//
+// Like vec_loop.h, everything here has internal linkage.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/direct.h"
+#include "cpu/direct_tile.h"
+#include "cpu/vec_generic.h"
+
+namespace fused_resnet::cpu {
+namespace {
+
+// Between the elements of tensors and packed weights: float, and uint16_t for bf16.
+template <class To, class From>
+To convert(From value) {
+  if constexpr (std::is_same_v<To, From>) {
+    return value;
+  } else if constexpr (std::is_same_v<To, float>) {
+    return generic::bfloat16_to_float(value);
+  } else {
+    return generic::float_to_bfloat16(value);
+  }
+}
+
+constexpr int64_t kCacheLine = 64;
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t align_line(int64_t bytes) { return divide_up(bytes, kCacheLine) * kCacheLine; }
+
+struct Span {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// The part of 0 .. total that falls to one of `size` threads.
+inline Span share(int64_t total, int rank, int size) {
+  return {total * rank / size, total * (rank + 1) / size};
+}
+
+// Output channels that are computed together, of one group or, where groups are narrower than a
+// vector, of several.
+struct Panel {
+  int64_t weight;    // bytes from the first panel's weights
+  int64_t c, k;      // its first input and output channel
+  int64_t channels;  // how many output channels
+  int64_t vectors;
+};
+
+// How the weights lie in memory: panels, before them the lanes of grouped tiles where there are
+// such.
+template <class P>
+class Layout {
+ public:
+  static constexpr int64_t kWidth = P::V::kWidth;
+
+  explicit Layout(const ConvProblem& p)
+      : taps(int64_t{p.r} * p.s), c(p.c / p.groups), k(p.k / p.groups), groups_(p.groups) {
+    bundle_ = max(1, min(kWidth / k, kWidth / c));
+    bundle_ = min(bundle_, groups_);
+    panels_of_group_ = bundle_ > 1 ? 1 : divide_up(k, P::kVectors * kWidth);
+  }
+
+  // Whether a vector spans several groups.
+  bool grouped() const { return bundle_ > 1; }
+
+  // Input channels that one vector of grouped tiles reads.
+  int64_t span(const Panel& panel) const { return panel.channels / k * c; }
+
+  int64_t panels() const {
+    return grouped() ? divide_up(groups_, bundle_) : groups_ * panels_of_group_;
+  }
+
+  int64_t steps() const { return grouped() ? c : divide_up(c, P::kStep); }
+
+  // Bytes of the weights of one step for so many vectors.
+  int64_t step_bytes(int64_t vectors) const {
+    if (grouped()) return kWidth * sizeof(float);
+    return P::kHalves * vectors * P::kWeightsOfVector * sizeof(typename P::Weight);
+  }
+
+  int64_t lanes_bytes() const { return grouped() ? align_line(c * kWidth * sizeof(int32_t)) : 0; }
+
+  Panel panel(int64_t index) const {
+    if (grouped()) {
+      const int64_t first = index * bundle_;
+      const int64_t groups = min(bundle_, groups_ - first);
+      return {index * taps * steps() * step_bytes(1), first * c, first * k, groups * k, 1};
+    }
+    const int64_t group = index / panels_of_group_, within = index % panels_of_group_;
+    const int64_t first = within * P::kVectors * kWidth;
+    const int64_t channels = min(P::kVectors * kWidth, k - first);
+    const int64_t vectors_before = group * divide_up(k, kWidth) + within * P::kVectors;
+    return {vectors_before * taps * steps() * step_bytes(1), group * c, group * k + first, channels,
+            divide_up(channels, kWidth)};
+  }
+
+  int64_t bytes() const {
+    const Panel last = panel(panels() - 1);
+    return lanes_bytes() + last.weight + taps * steps() * step_bytes(last.vectors);
+  }
+
+  const int64_t taps, c, k;  // channels of one group
+
+ private:
+  const int64_t groups_;
+  int64_t bundle_, panels_of_group_;
+};
+
+// Writes panels as grouped_tile reads them, `fetch` as in pack_weights.
+template <class P, class Fetch>
+void pack_grouped(const Layout<P>& layout, std::byte* packed, Fetch fetch) {
+  constexpr int64_t kWidth = Layout<P>::kWidth;
+  auto* lanes = reinterpret_cast<int32_t*>(packed);
+  for (int64_t c = 0; c < layout.c; ++c) {
+    for (int64_t lane = 0; lane < kWidth; ++lane) {
+      const int64_t channel = lane / layout.k * layout.c + c;
+      *lanes++ = channel < kWidth ? static_cast<int32_t>(channel) : 0;  // past the last group
+    }
+  }
+  for (int64_t index = 0; index < layout.panels(); ++index) {
+    const Panel panel = layout.panel(index);
+    auto* out = reinterpret_cast<float*>(packed + layout.lanes_bytes() + panel.weight);
+    for (int64_t tap = 0; tap < layout.taps; ++tap) {
+      for (int64_t c = 0; c < layout.c; ++c) {
+        for (int64_t lane = 0; lane < kWidth; ++lane) {
+          *out++ = lane < panel.channels ? convert<float>(fetch(panel.k + lane, c, tap)) : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+// Writes panels as tile reads them. fetch(k, c, tap) gives the weight of output channel k for input
+// channel c of its group.
+template <class P, class Fetch>
+void pack_panels(const Layout<P>& layout, std::byte* packed, Fetch fetch) {
+  constexpr int64_t kWidth = Layout<P>::kWidth;
+  constexpr int64_t kPair = P::kStep / P::kHalves;  // channels beside each other in a lane
+  for (int64_t index = 0; index < layout.panels(); ++index) {
+    const Panel panel = layout.panel(index);
+    auto* out = reinterpret_cast<typename P::Weight*>(packed + panel.weight);
+    for (int64_t tap = 0; tap < layout.taps; ++tap) {
+      for (int64_t c0 = 0; c0 < layout.c; c0 += P::kStep) {
+        for (int64_t half = 0; half < P::kHalves; ++half) {
+          for (int64_t lane = 0; lane < panel.vectors * kWidth; ++lane) {
+            for (int64_t pair = 0; pair < kPair; ++pair) {
+              const int64_t c = c0 + half * kPair + pair;
+              const bool inside = lane < panel.channels && c < layout.c;
+              *out++ = inside ? convert<typename P::Weight>(fetch(panel.k + lane, c, tap))
+                              : typename P::Weight{};
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class P, class Fetch>
+void pack_weights(const ConvProblem& problem, void* packed, Fetch fetch) {
+  const Layout<P> layout(problem);
+  if (layout.grouped()) {
+    pack_grouped<P>(layout, static_cast<std::byte*>(packed), fetch);
+  } else {
+    pack_panels<P>(layout, static_cast<std::byte*>(packed), fetch);
+  }
+}
+
+// Most pixels whose input and sums stay in the second-level cache while panels pass by.
+template <class P>
+int64_t block_rows(const ConvProblem& p) {
+  constexpr int64_t kInputBytes = 512 << 10, kMost = 192, kTableEntries = 8192;
+  const int64_t taps = int64_t{p.r} * p.s;
+  const int64_t pixels = taps == 1 ? 1 : int64_t{p.stride_h} * p.stride_w;
+  const int64_t pixel_bytes = pixels * p.c * static_cast<int64_t>(sizeof(typename P::Element));
+  const int64_t least = 4 * P::rows(P::kVectors);
+  const int64_t rows = max(least, min(kMost, kInputBytes / pixel_bytes));
+  return max(P::rows(P::kVectors), min(rows, kTableEntries / taps));
+}
+
+// Parts of a thread's scratch, in bytes from its beginning.
+template <class P>
+struct Scratch {
+  explicit Scratch(const ConvProblem& p) {
+    const int64_t rows = block_rows<P>(p);
+    sums = align_line(p.c * static_cast<int64_t>(sizeof(typename P::Element)));
+    table = sums + align_line(rows * P::kVectors * P::V::kWidth * sizeof(float));
+    bytes = table + align_line(rows * p.r * p.s * sizeof(void*));
+  }
+
+  int64_t sums, table, bytes;  // a pixel of zeros lies before the sums
+};
+
+// The table of a block: where output pixel `first + i` reads its channels at tap t, as
+// table[t * count + i]. Pixels beyond the border read `zeros`.
+template <class Element>
+void fill_table(const ConvProblem& p, const Element* x, const Element* zeros, int64_t first,
+                int64_t count, const Element** table) {
+  const int64_t out_image = int64_t{p.out_h} * p.out_w;
+  int64_t n = first / out_image;
+  int64_t oh = first % out_image / p.out_w, ow = first % p.out_w;
+  for (int64_t i = 0; i < count; ++i) {
+    const Element* image = x + n * p.h * p.w * p.c;
+    const int64_t h0 = oh * p.stride_h - p.padding_h, w0 = ow * p.stride_w - p.padding_w;
+    const Element** entry = table + i;
+    for (int64_t r = 0; r < p.r; ++r) {
+      const int64_t h = h0 + r * p.dilation_h;
+      const Element* row = image + h * p.w * p.c;
+      for (int64_t s = 0; s < p.s; ++s, entry += count) {
+        const int64_t w = w0 + s * p.dilation_w;
+        const bool inside = h >= 0 && h < p.h && w >= 0 && w < p.w;
+        *entry = inside ? row + w * p.c : zeros;
+      }
+    }
+    if (++ow == p.out_w) {
+      ow = 0;
+      if (++oh == p.out_h) {
+        oh = 0;
+        ++n;
+      }
+    }
+  }
+}
+
+template <class P>
+class Run {
+ public:
+  using Element = typename P::Element;
+
+  Run(const ConvProblem& problem, const ConvArguments& arguments, std::byte* scratch)
+      : p_(problem), a_(arguments), layout_(problem), parts_(problem), scratch_(scratch) {
+    const Epilogue e = p_.epilogue;
+    relu_before_add_ = e == Epilogue::kRelu || e == Epilogue::kReluAddRelu;
+    relu_after_add_ = e == Epilogue::kAddRelu || e == Epilogue::kReluAddRelu;
+  }
+
+  // Pixels x panels.
+  void operator()(Span pixels, Span panels) {
+    if (pixels.size() == 0 || panels.size() == 0) return;
+    std::memset(scratch_, 0, static_cast<size_t>(p_.c) * sizeof(Element));
+    const int64_t blocks = divide_up(pixels.size(), block_rows<P>(p_));
+    const int64_t rows = divide_up(pixels.size(), blocks);
+    for (int64_t begin = pixels.begin; begin < pixels.end; begin += rows) {
+      block({begin, min(begin + rows, pixels.end)}, panels);
+    }
+  }
+
+ private:
+  void block(Span pixels, Span panels) {
+    auto** table = reinterpret_cast<const Element**>(scratch_ + parts_.table);
+    fill_table(p_, static_cast<const Element*>(a_.x), reinterpret_cast<const Element*>(scratch_),
+               pixels.begin, pixels.size(), table);
+    for (int64_t index = panels.begin; index < panels.end; ++index) {
+      const Panel panel = layout_.panel(index);
+      // Slices of the reduction: several taps, or a part of one.
+      const int64_t steps = layout_.steps(), step = layout_.grouped() ? 1 : P::kStep;
+      const int64_t most = max(1, kSliceChannels / step);
+      const int64_t taps = min(layout_.taps, max(1, most / steps));
+      const int64_t tap_slices = divide_up(layout_.taps, taps);
+      const int64_t step_slices = taps > 1 || layout_.grouped() ? 1 : divide_up(steps, most);
+      for (int64_t i = 0; i < tap_slices; ++i) {
+        const Span slice_taps = {layout_.taps * i / tap_slices,
+                                 layout_.taps * (i + 1) / tap_slices};
+        for (int64_t j = 0; j < step_slices; ++j) {
+          slice(pixels, panel, slice_taps, {steps * j / step_slices, steps * (j + 1) / step_slices},
+                i == 0 && j == 0, i + 1 == tap_slices && j + 1 == step_slices);
+        }
+      }
+    }
+  }
+
+  void slice(Span pixels, const Panel& panel, Span taps, Span steps, bool first, bool last) {
+    const int64_t step_bytes = layout_.step_bytes(panel.vectors);
+    const std::byte* packed = static_cast<const std::byte*>(a_.weight);
+    const std::byte* weight = packed + layout_.lanes_bytes() + panel.weight +
+                              (taps.begin * layout_.steps() + steps.begin) * step_bytes;
+    const int64_t count = pixels.size();
+    auto** table = reinterpret_cast<const Element**>(scratch_ + parts_.table);
+    auto* sums = reinterpret_cast<float*>(scratch_ + parts_.sums);
+    const int64_t step = layout_.grouped() ? 1 : P::kStep;
+
+    TileTask<P> task;
+    task.row_stride = count;
+    task.taps = taps.size();
+    task.offset = panel.c + steps.begin * step;
+    task.channels = min(steps.end * step, layout_.c) - steps.begin * step;
+    task.weight = reinterpret_cast<const typename P::Weight*>(weight);
+    task.lanes = reinterpret_cast<const int32_t*>(packed);
+    task.span = layout_.grouped() ? layout_.span(panel) : 0;
+    task.first = first;
+    task.last = last;
+    task.scale = a_.scale + panel.k;
+    task.shift = a_.shift + panel.k;
+    task.y_stride = p_.k;
+    task.k = panel.channels;
+    task.relu_before_add = relu_before_add_;
+    task.relu_after_add = relu_after_add_;
+
+    // The first tiles fetch the weights of the next slice, which lie behind those of this one.
+    const int64_t slice_bytes = taps.size() * steps.size() * step_bytes;
+    const int64_t fetched_by_tile = taps.size() * steps.size() * kCacheLine;
+    const char* next = reinterpret_cast<const char*>(weight) + slice_bytes;
+
+    constexpr auto kGroupedRows = std::make_integer_sequence<int, P::kGroupedRows>();
+    const int64_t most = layout_.grouped() ? P::kGroupedRows : P::rows(panel.vectors);
+    const int64_t tiles = divide_up(count, most);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const Span rows = {count * i / tiles, count * (i + 1) / tiles};
+      const int64_t out = (pixels.begin + rows.begin) * p_.k + panel.k;
+      task.rows = table + taps.begin * count + rows.begin;
+      task.sums = sums + rows.begin * panel.vectors * Layout<P>::kWidth;
+      task.residual =
+          a_.residual == nullptr ? nullptr : static_cast<const Element*>(a_.residual) + out;
+      task.y = static_cast<Element*>(a_.y) + out;
+      const bool fetches = i * fetched_by_tile < slice_bytes;
+      task.prefetch = next + (fetches ? i * fetched_by_tile : 0);
+      task.prefetch_step = fetches ? kCacheLine : 0;
+      if (layout_.grouped()) {
+        select_grouped_tile<P>(rows.size(), kGroupedRows)(task);
+      } else {
+        select_tile<P>(rows.size(), panel.vectors)(task);
+      }
+    }
+  }
+
+  // Products in one chain of fp32 additions, whose error grows with its length: slices are summed
+  // apart and then added. Their weights (64 KiB of AVX-512's) stay near in the cache while all
+  // tiles of a block pass by.
+  static constexpr int64_t kSliceChannels = 256;
+
+  const ConvProblem& p_;
+  const ConvArguments& a_;
+  const Layout<P> layout_;
+  const Scratch<P> parts_;
+  std::byte* const scratch_;
+  bool relu_before_add_, relu_after_add_;
+};
+
+template <class P>
+size_t direct_packed_bytes(const ConvProblem& problem) {
+  return static_cast<size_t>(Layout<P>(problem).bytes());
+}
+
+template <class P>
+void direct_pack(const ConvProblem& problem, const void* weight, void* packed) {
+  const auto* w = static_cast<const typename P::Element*>(weight);
+  const int64_t c = problem.c / problem.groups, taps = int64_t{problem.r} * problem.s;
+  pack_weights<P>(problem, packed, [=](int64_t k, int64_t channel, int64_t tap) {
+    return w[(k * c + channel) * taps + tap];
+  });
+}
+
+template <class P>
+size_t direct_scratch_bytes(const ConvProblem& problem, int threads) {
+  return static_cast<size_t>(threads * Scratch<P>(problem).bytes);
+}
+
+template <class P>
+void direct_run(const ConvProblem& problem, const ConvArguments& arguments, const Team& team) {
+  const Layout<P> layout(problem);
+  const int64_t pixels = int64_t{problem.n} * problem.out_h * problem.out_w;
+  const int64_t panels = layout.panels();
+  Run<P> run(problem, arguments, arguments.scratch + team.rank * Scratch<P>(problem).bytes);
+  // Each thread takes a part of the pixels and reads all weights, or the other way round: what
+  // leaves less to the busiest thread, and, where that is much the same, what is read less.
+  const int64_t tiles = divide_up(pixels, P::rows(P::kVectors));
+  const int64_t by_pixels = divide_up(tiles, team.size) * panels;
+  const int64_t by_panels = tiles * divide_up(panels, team.size);
+  const bool alike = by_panels * 16 <= by_pixels * 17 && by_pixels * 16 <= by_panels * 17;
+  const int64_t x_bytes = int64_t{problem.n} * problem.h * problem.w * problem.c *
+                          static_cast<int64_t>(sizeof(typename P::Element));
+  if (alike ? x_bytes < layout.bytes() : by_panels < by_pixels) {
+    run({0, pixels}, share(panels, team.rank, team.size));
+  } else {
+    run(share(pixels, team.rank, team.size), {0, panels});
+  }
+}
+
+template <class P>
+constexpr DirectFunctions kDirectFunctions = {
+    direct_packed_bytes<P>,
+    direct_pack<P>,
+    direct_scratch_bytes<P>,
+    direct_run<P>,
+};
+
+}  // namespace
+}  // namespace fused_resnet::cpu

@@ -1,0 +1,263 @@
+// The tiles of the direct convolution: sums of a few pixels by a few vectors of output channels,
+// held in registers over a slice of the reduction.
+//
+// A policy `P` is how one instruction set multiplies one element:
+//   P::V                  its vectors, see vec_loop.h; sums are V::Register, fp32
+//   P::Element, P::Weight input and packed weights in memory
+//   P::kStep              input channels that are multiplied together
+//   P::kHalves            multiplications for them
+//   P::kWeightsOfVector   weights that one of these multiplies with one vector of sums
+//   P::kVectors           vectors of output channels in a panel
+//   P::rows(vectors)      pixels of a tile that is so many vectors wide, by what registers there
+//   are P::kGroupedRows       pixels of a grouped tile, which holds their input in registers too
+//   P::zero, P::weight    an empty sum; a vector of weights
+//   P::input<half>        input channels of one step, the same in each lane
+//   P::last_input<half>   the same for a last step that lacks channels
+//   P::multiply_add       sum + input * weight
+//   P::store_sum          of a vector of sums, to where V::load_param reads it
+//   P::load_lanes, P::permute  lane i of the result is lane lanes[i] of the vector
+//
+// Like vec_loop.h, everything here has internal linkage.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "conv_problem.h"
+#include "cpu/vec_loop.h"
+
+namespace fused_resnet::cpu {
+namespace {
+
+// What one call of a tile computes; the pixels and the width are those of the tile.
+template <class P>
+struct TileTask {
+  // x of pixel i at tap t: [row_stride * t + i], then `offset` elements on.
+  const typename P::Element* const* rows;
+  int64_t row_stride;
+  int64_t taps;
+  int64_t offset;
+  int64_t channels;                  // at each tap
+  const typename P::Weight* weight;  // of this slice
+  const char* prefetch;              // what follows in memory, or what comes next
+  int64_t prefetch_step;             // bytes a step
+
+  // Only of grouped tiles, see there.
+  const int32_t* lanes;
+  int64_t span;
+
+  float* sums;  // of earlier slices, [rows][vectors * width]: read unless `first`, written unless
+                // `last`
+  bool first, last;
+
+  // Only where `last` is set.
+  const float* scale;
+  const float* shift;
+  const typename P::Element* residual;  // null where there is none
+  typename P::Element* y;
+  int64_t y_stride;  // elements from pixel to pixel, of the residual too
+  int64_t k;         // output channels of the panel
+  bool relu_before_add, relu_after_add;
+};
+
+template <class P>
+using Tile = void (*)(const TileTask<P>&);
+
+template <class P, int kRows, int kVectors>
+using Sums = typename P::V::Register[kRows][kVectors];
+
+template <class P, int kRows, int kVectors>
+inline __attribute__((always_inline)) void clear(Sums<P, kRows, kVectors>& sums) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) sums[i][j] = P::zero();
+  }
+}
+
+// Adds the sums of earlier slices, then keeps all for the next slice or makes outputs of them.
+template <class P, int kRows, int kVectors>
+inline __attribute__((always_inline)) void finish_sums(const TileTask<P>& task,
+                                                       Sums<P, kRows, kVectors>& sums) {
+  using V = typename P::V;
+  constexpr int kWidth = V::kWidth;
+  if (!task.first) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        const auto earlier = V::load_param(task.sums + (i * kVectors + j) * kWidth);
+        sums[i][j] = V::add(earlier, sums[i][j]);
+      }
+    }
+  }
+  if (!task.last) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        P::store_sum(task.sums + (i * kVectors + j) * kWidth, sums[i][j]);
+      }
+    }
+    return;
+  }
+  // Only the panel's last vector may lack channels.
+  const int64_t last_count = task.k - (kVectors - 1) * kWidth;
+  const auto count = [=](int j) { return j == kVectors - 1 ? last_count : int64_t{kWidth}; };
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    const auto scale = load_param<V>(task.scale + j * kWidth, count(j));
+    const auto shift = load_param<V>(task.shift + j * kWidth, count(j));
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) sums[i][j] = V::multiply_add(sums[i][j], scale, shift);
+  }
+  const auto apply_relu = [&] {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = V::relu(sums[i][j]);
+    }
+  };
+  if (task.relu_before_add) apply_relu();
+  if (task.residual != nullptr) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        const auto residual = load<V>(task.residual + i * task.y_stride + j * kWidth, count(j));
+        sums[i][j] = V::add(sums[i][j], residual);
+      }
+    }
+  }
+  if (task.relu_after_add) apply_relu();
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      store<V>(task.y + i * task.y_stride + j * kWidth, sums[i][j], count(j));
+    }
+  }
+}
+
+// One step of kStep channels at `input[i]` of every row, by the weights at `weight`.
+template <class P, int kRows, int kVectors, bool kComplete>
+inline __attribute__((always_inline)) void step(Sums<P, kRows, kVectors>& sums,
+                                                const typename P::Element* const* input,
+                                                int64_t channel, const typename P::Weight* weight) {
+  constexpr int kVector = P::kWeightsOfVector;
+#pragma GCC unroll 2
+  for (int half = 0; half < P::kHalves; ++half, weight += kVectors * kVector) {
+    typename P::V::Register w[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) w[j] = P::weight(weight + j * kVector);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const auto x =
+          kComplete ? P::input(input[i] + channel, half) : P::last_input(input[i] + channel, half);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = P::multiply_add(x, w[j], sums[i][j]);
+    }
+  }
+}
+
+// kRows pixels x kVectors vectors of output channels of one group.
+template <class P, int kRows, int kVectors>
+__attribute__((noinline)) void tile(const TileTask<P>& task) {
+  constexpr int kStepWeights = P::kHalves * kVectors * P::kWeightsOfVector;
+  // Weights are fetched into the first-level cache so many bytes before they are multiplied.
+  constexpr int64_t kAhead = 2048;
+  constexpr int kLine = 64;
+  Sums<P, kRows, kVectors> sums;
+  clear<P, kRows, kVectors>(sums);
+  const typename P::Weight* weight = task.weight;
+  const char* prefetch = task.prefetch;
+  const int64_t complete = task.channels - task.channels % P::kStep;
+  for (int64_t t = 0; t < task.taps; ++t) {
+    const typename P::Element* input[kRows];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) input[i] = task.rows[t * task.row_stride + i] + task.offset;
+    for (int64_t c = 0; c < complete; c += P::kStep, weight += kStepWeights) {
+      __builtin_prefetch(prefetch, 0, 2);
+      prefetch += task.prefetch_step;
+#pragma GCC unroll 8
+      for (int b = 0; b < static_cast<int>(kStepWeights * sizeof(*weight)); b += kLine) {
+        __builtin_prefetch(reinterpret_cast<const char*>(weight) + kAhead + b, 0, 3);
+      }
+      step<P, kRows, kVectors, true>(sums, input, c, weight);
+    }
+    if (complete < task.channels) {
+      step<P, kRows, kVectors, false>(sums, input, complete, weight);
+      weight += kStepWeights;
+    }
+  }
+  finish_sums<P, kRows, kVectors>(task, sums);
+}
+
+// kRows pixels x one vector of output channels that spans several narrow groups, whose input fits
+// the first `span` lanes of one vector. `channels` are those of one group: at step c, lane i
+// multiplies the input channel lanes[c][i] with weight[tap][c][i].
+template <class P, int kRows>
+__attribute__((noinline)) void grouped_tile(const TileTask<P>& task) {
+  using V = typename P::V;
+  Sums<P, kRows, 1> sums;
+  clear<P, kRows, 1>(sums);
+  const float* weight = reinterpret_cast<const float*>(task.weight);
+  for (int64_t t = 0; t < task.taps; ++t) {
+    typename V::Register input[kRows];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      input[i] = load<V>(task.rows[t * task.row_stride + i] + task.offset, task.span);
+    }
+    for (int64_t c = 0; c < task.channels; ++c, weight += V::kWidth) {
+      const auto w = V::load_param(weight);
+      const auto lanes = P::load_lanes(task.lanes + c * V::kWidth);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        sums[i][0] = V::multiply_add(P::permute(input[i], lanes), w, sums[i][0]);
+      }
+    }
+  }
+  finish_sums<P, kRows, 1>(task, sums);
+}
+
+// The tiles of 1 .. P::rows(vectors) pixels.
+template <class P, int kVectors, int... kRows>
+Tile<P> select_tile(int64_t rows, std::integer_sequence<int, kRows...>) {
+  static constexpr Tile<P> kTiles[] = {tile<P, kRows + 1, kVectors>...};
+  return kTiles[rows - 1];
+}
+
+// The grouped tiles of 1 .. P::kGroupedRows pixels.
+template <class P, int... kRows>
+Tile<P> select_grouped_tile(int64_t rows, std::integer_sequence<int, kRows...>) {
+  static constexpr Tile<P> kTiles[] = {grouped_tile<P, kRows + 1>...};
+  return kTiles[rows - 1];
+}
+
+template <class P>
+Tile<P> select_tile(int64_t rows, int64_t vectors) {
+  switch (vectors) {
+    case 1:
+      return select_tile<P, 1>(rows, std::make_integer_sequence<int, P::rows(1)>());
+    case 2:
+      if constexpr (P::kVectors >= 2) {
+        return select_tile<P, 2>(rows, std::make_integer_sequence<int, P::rows(2)>());
+      }
+      break;
+    case 3:
+      if constexpr (P::kVectors >= 3) {
+        return select_tile<P, 3>(rows, std::make_integer_sequence<int, P::rows(3)>());
+      }
+      break;
+    case 4:
+      if constexpr (P::kVectors >= 4) {
+        return select_tile<P, 4>(rows, std::make_integer_sequence<int, P::rows(4)>());
+      }
+      break;
+  }
+  __builtin_unreachable();
+}
+
+}  // namespace
+}  // namespace fused_resnet::cpu

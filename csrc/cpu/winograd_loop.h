@@ -1,0 +1,497 @@
+// Winograd convolution, y = epilogue(conv3x3(x, weight) * scale + shift, residual), for vectors of
+// any instruction set. Stride and dilation are 1; x [N, H, W, C], y and residual [N, OH, OW, K].
+//
+// Per block of tiles (winograd_plan.h), in three phases:
+//   input    V[point][tile][channel] = B d B^T, d the (h + 2) x (w + 2) patch of x under a tile
+//   product  M[panel][point][tile][column] = V[point] U[panel][point], one matrix product per point
+//   output   y = epilogue(A^T M A), written once
+// U = G g G^T is packed beforehand: [group][panel][point][channel / depth][column][depth]. The
+// compact kernels keep the weights as they are, [group][panel][channel][3 x 3][column], and compute
+// U beside the products: at m = 4 they read 4 times fewer bytes of weights, which decides at
+// batch 1.
+//
+// A tile of m x m outputs takes (m + 2)^2 products of a channel and an output channel instead of
+// 9 m^2: 4 times fewer at m = 4, 2.25 times at m = 2.
+//
+// NaN and infinity: a tile spreads one that lies in its patch to all of its outputs. None is lost:
+// where the sums of the definition are not finite neither are these, except that ReLU makes 0 of
+// -infinity in both; +infinity in the definition is never -infinity here, since all that is
+// infinite has either the right sign or meets the opposite one and becomes NaN.
+#pragma once
+
+#include "cpu/vec_loop.h"
+#include "cpu/winograd_plan.h"
+#include "cpu/winograd_transform.h"
+#include "epilogue.h"
+
+namespace fused_resnet::cpu {
+namespace {
+
+// fp32 products. V: the registers of an instruction set, see winograd_avx512.cpp.
+template <class V>
+struct Float32Products : V {
+  using Operand = float;
+  using Pair = typename V::Register;  // what one multiply_add takes of U or V
+  static constexpr int kDepth = 1;
+  static Pair broadcast(const float* p) { return V::set(*p); }
+  static Pair load_columns(const float* p) { return V::load_param(p); }
+  static typename V::Register accumulate(Pair a, Pair b, typename V::Register c) {
+    return V::multiply_add(a, b, c);
+  }
+  static void store_operand(float* p, typename V::Register v) { V::store_float(p, v); }
+};
+
+// c[kRows][kColumns vectors] = a b, or += with `add`: then the sum of these steps is rounded by
+// itself first, which keeps the error of long sums small. Row r of a: `depth_steps` steps of kDepth
+// operands at a + r * lda; b: [depth_steps][panel][kDepth]; c: rows of one panel.
+template <class Math, int kRows, int kColumns>
+void multiply_tile(int64_t depth_steps, const typename Math::Operand* a, int64_t lda,
+                   const typename Math::Operand* b, float* c, bool add) {
+  using Register = typename Math::Register;
+  constexpr int kWidth = Math::kWidth, kPanel = Math::kColumns * kWidth;
+  Register sums[kRows][kColumns];
+  unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+    unroll<kColumns>([&](auto v) __attribute__((always_inline)) { sums[r][v] = Math::zero(); });
+  });
+  for (int64_t k = 0; k < depth_steps; ++k) {
+    typename Math::Pair columns[kColumns];
+    unroll<kColumns>([&](auto v) __attribute__((always_inline)) {
+      columns[v] = Math::load_columns(b + v * kWidth * Math::kDepth);
+    });
+    unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+      const typename Math::Pair row = Math::broadcast(a + r * lda);
+      unroll<kColumns>([&](auto v) __attribute__((always_inline)) {
+        sums[r][v] = Math::accumulate(row, columns[v], sums[r][v]);
+      });
+    });
+    a += Math::kDepth;
+    b += kPanel * Math::kDepth;
+  }
+  unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+    unroll<kColumns>([&](auto v) __attribute__((always_inline)) {
+      float* at = c + r * kPanel + v * kWidth;
+      if (add) sums[r][v] = Math::add(sums[r][v], Math::load_param(at));
+      Math::store_float(at, sums[r][v]);
+    });
+  });
+}
+
+// As multiply_tile, for any number of rows and 1 .. kColumns vectors: rows are dealt out evenly, so
+// that no register tile is much lower than the rest.
+template <class Math, int kColumns = Math::kColumns>
+void multiply(int64_t rows, int columns, int64_t depth_steps, const typename Math::Operand* a,
+              int64_t lda, const typename Math::Operand* b, float* c, bool add) {
+  if constexpr (kColumns > 1) {
+    if (columns < kColumns) {
+      return multiply<Math, kColumns - 1>(rows, columns, depth_steps, a, lda, b, c, add);
+    }
+  }
+  using Multiply = void (*)(int64_t, const typename Math::Operand*, int64_t,
+                            const typename Math::Operand*, float*, bool);
+  static_assert(Math::kRows == 6);
+  constexpr Multiply kByRows[] = {
+      multiply_tile<Math, 1, kColumns>, multiply_tile<Math, 2, kColumns>,
+      multiply_tile<Math, 3, kColumns>, multiply_tile<Math, 4, kColumns>,
+      multiply_tile<Math, 5, kColumns>, multiply_tile<Math, 6, kColumns>,
+  };
+  for (int64_t parts = (rows + Math::kRows - 1) / Math::kRows; parts > 0; --parts) {
+    const int64_t count = (rows + parts - 1) / parts;
+    kByRows[count - 1](depth_steps, a, lda, b, c, add);
+    a += count * lda;
+    c += count * Math::kColumns * Math::kWidth;
+    rows -= count;
+  }
+}
+
+// Calls body(constant<size>) for a size of 1 .. kLargest.
+template <int kLargest, class Body>
+FUSED_RESNET_INLINE void dispatch_size(int size, Body body) {
+  if constexpr (kLargest > 1) {
+    if (size < kLargest) return dispatch_size<kLargest - 1>(size, body);
+  }
+  body(std::integral_constant<int, kLargest>());
+}
+
+// One convolution by tiles of P::kTile outputs. Vec: elements of x and y in memory; Math: products.
+template <class P, class Vec, class Math, bool kCompact = false>
+class Winograd {
+ public:
+  static void run(const WinogradPlan& plan, const ConvArguments& arguments, const Team& team) {
+    const int64_t area = plan.v_bytes + plan.m_bytes;
+    std::byte* shared = arguments.scratch;
+    std::byte* own = shared + (plan.cooperative ? area + team.rank * plan.u_bytes
+                                                : team.rank * (area + plan.u_bytes));
+    std::byte* base = plan.cooperative ? shared : own;
+    const Winograd winograd(plan, arguments, reinterpret_cast<Operand*>(base),
+                            reinterpret_cast<float*>(base + plan.v_bytes),
+                            reinterpret_cast<float*>(plan.cooperative ? own : own + area));
+    if (plan.cooperative) {
+      winograd.run_together(team);
+    } else {
+      winograd.run_alone(team);
+    }
+  }
+
+ private:
+  using Element = typename Vec::Element;
+  using Register = typename Vec::Register;
+  using Operand = typename Math::Operand;
+  static constexpr int kPoints = P::kTile + 2;
+  static constexpr int kPairs = kPoints / 2;
+  static constexpr int kWidth = Vec::kWidth;
+  static constexpr int kPanel = Math::kColumns * kWidth;
+  // Products are summed over so many channels at a time. [64][64] of U, 16 KiB, then stay in the
+  // first-level cache for all tiles of a block; and sums of sums err less than one long sum: with
+  // 512 channels F(4x4, 3x3) errs half as much, at 5 % more instructions.
+  static constexpr int64_t kSumSteps = 64 / Math::kDepth;
+  // Between the points of U. A cache line more than whole rows: the points would else share sets.
+  static constexpr int64_t kUStride = kCompactChannels * kPanel + kLine;
+
+  Winograd(const WinogradPlan& plan, const ConvArguments& arguments, Operand* v, float* m, float* u)
+      : plan_(plan), p_(plan.problem), arguments_(arguments), v_(v), m_(m), u_(u) {}
+
+  Range block(int64_t index) const {
+    return {plan_.grid.share_begin(index, plan_.blocks),
+            plan_.grid.share_begin(index + 1, plan_.blocks)};
+  }
+
+  int64_t all_panels() const { return int64_t{p_.groups} * plan_.panels; }
+
+  // Every thread takes blocks of its own; panel after panel, so that M stays in the cache.
+  void run_alone(const Team& team) const {
+    for (int64_t b = team.rank; b < plan_.blocks; b += team.size) {
+      const Range tiles = block(b);
+      transform_inputs(tiles, {0, tiles.size() * all_input_vectors()});
+      for (int64_t panel = 0; panel < all_panels(); ++panel) {
+        if constexpr (kCompact) {
+          multiply_compact(tiles, panel, {0, kPairs});
+        } else {
+          for (int point = 0; point < kPoints * kPoints; ++point) {
+            multiply_point(tiles, panel, point);
+          }
+        }
+        for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+          transform_outputs(tiles, t, panel, {0, panel_vectors(panel)});
+        }
+      }
+    }
+  }
+
+  // Every block is divided among the threads, phase by phase. Two barriers a block suffice: the
+  // next block's inputs overwrite V, which nobody reads in the output phase, and its products come
+  // after its first barrier, which nobody passes before all have read M.
+  void run_together(const Team& team) const {
+    for (int64_t b = 0; b < plan_.blocks; ++b) {
+      const Range tiles = block(b);
+      transform_inputs(tiles, share(tiles.size() * all_input_vectors(), team));
+      team.sync();
+      if constexpr (kCompact) {
+        const Range units = share(all_panels() * kPairs, team);
+        for (int64_t panel = units.begin / kPairs; panel * kPairs < units.end; ++panel) {
+          multiply_compact(tiles, panel, part(units, panel * kPairs, kPairs));
+        }
+      } else {
+        multiply_share(tiles, team);
+      }
+      team.sync();
+      transform_outputs_share(tiles, team);
+    }
+  }
+
+  static Range share(int64_t n, const Team& team) {
+    return {n * team.rank / team.size, n * (team.rank + 1) / team.size};
+  }
+
+  // What a range has of [first, first + count), counted from there.
+  static Range part(Range range, int64_t first, int64_t count) {
+    const int64_t begin = range.begin - first, end = range.end - first;
+    return {begin > 0 ? begin : 0, end < count ? end : count};
+  }
+
+  // ---- input ------------------------------------------------------------------------------------
+
+  int64_t input_vectors() const { return (plan_.channels + kWidth - 1) / kWidth; }
+  int64_t all_input_vectors() const { return p_.groups * input_vectors(); }
+
+  // Vectors [begin, end) of the block's, counted tile by tile.
+  void transform_inputs(Range tiles, Range vectors) const {
+    const int64_t per_tile = all_input_vectors(), per_group = input_vectors();
+    for (int64_t i = vectors.begin; i < vectors.end;) {
+      const int64_t t = i / per_tile, first = i - t * per_tile;
+      const int64_t end =
+          first + (vectors.end - i < per_tile - first ? vectors.end - i : per_tile - first);
+      const Tile tile = plan_.grid.tile(tiles.begin + t);
+      for (int64_t vector = first; vector < end; ++vector) {
+        const int64_t group = vector / per_group, channel = (vector - group * per_group) * kWidth;
+        const int64_t left = plan_.channels - channel;
+        Operand* v = v_ + t * plan_.tile_stride + group * plan_.group_stride + channel;
+        const int64_t c = group * plan_.channels + channel;
+        if (left >= kWidth) {
+          transform_input(tile, c, kWidth, v);
+        } else {
+          transform_input(tile, c, left, v);
+        }
+      }
+      i += end - first;
+    }
+  }
+
+  // `count` <= kWidth channels of one tile, from channel c on, to v[point * v_point_stride].
+  FUSED_RESNET_INLINE void transform_input(const Tile& tile, int64_t c, int64_t count,
+                                           Operand* v) const {
+    const int64_t y = int64_t{tile.y} - p_.padding_h, x = int64_t{tile.x} - p_.padding_w;
+    const int64_t row_stride = int64_t{p_.w} * p_.c;
+    const Element* image =
+        static_cast<const Element*>(arguments_.x) + tile.image * (p_.h * row_stride) + c;
+    const bool inside = y >= 0 && y + tile.height + 2 <= p_.h;
+    Register half[kPoints][kPoints];  // B d: [point along y][column]
+    dispatch_size<P::kTile>(tile.height, [&](auto height) __attribute__((always_inline)) {
+      constexpr int kPatch = height + 2;
+      for (int j = 0; j < tile.width + 2; ++j) {
+        Register d[kPatch], t[kPatch];
+        const int64_t column = x + j;
+        if (column < 0 || column >= p_.w) {
+          unroll<kPatch>([&](auto i) __attribute__((always_inline)) { half[i][j] = Math::zero(); });
+          continue;
+        }
+        if (inside) {
+          const Element* pixel = image + y * row_stride + column * p_.c;
+          unroll<kPatch>([&](auto i) __attribute__((always_inline)) {
+            d[i] = load<Vec>(pixel + i * row_stride, count);
+          });
+        } else {
+          unroll<kPatch>([&](auto i) __attribute__((always_inline)) {
+            const int64_t row = y + i;
+            d[i] = row >= 0 && row < p_.h
+                       ? load<Vec>(image + row * row_stride + column * p_.c, count)
+                       : Math::zero();
+          });
+        }
+        transform<Math, InputMatrix<P, height>>(d, t);
+        unroll<kPatch>([&](auto i) __attribute__((always_inline)) { half[i][j] = t[i]; });
+      }
+    });
+    dispatch_size<P::kTile>(tile.width, [&](auto width) __attribute__((always_inline)) {
+      constexpr int kPatch = width + 2;
+      for (int i = 0; i < tile.height + 2; ++i) {
+        Register t[kPatch];
+        transform<Math, InputMatrix<P, width>>(half[i], t);
+        Operand* out = v + i * kPoints * plan_.v_point_stride;
+        unroll<kPatch>([&](auto j) __attribute__((always_inline)) {
+          Math::store_operand(out + j * plan_.v_point_stride, t[j]);
+        });
+      }
+    });
+  }
+
+  // ---- products ---------------------------------------------------------------------------------
+
+  int panel_vectors(int64_t panel) const {
+    const int64_t left = plan_.outputs - panel % plan_.panels * kPanel;
+    return left >= kPanel ? Math::kColumns : static_cast<int>((left + kWidth - 1) / kWidth);
+  }
+
+  // Where the products of a point start: row 0 is the block's tile `first`.
+  float* m_rows(int64_t panel, int point, int64_t first) const {
+    return m_ + panel * plan_.m_panel_stride + point * plan_.m_point_stride + first * kPanel;
+  }
+
+  const Operand* v_rows(int64_t panel, int point, int64_t first) const {
+    return v_ + point * plan_.v_point_stride + first * plan_.tile_stride +
+           panel / plan_.panels * plan_.group_stride;
+  }
+
+  // The block's tiles that use a point.
+  Range with_point(Range tiles, int point) const {
+    const Range used = plan_.grid.with_point(point / kPoints, point % kPoints);
+    return {used.begin > tiles.begin ? used.begin : tiles.begin,
+            used.end < tiles.end ? used.end : tiles.end};
+  }
+
+  void multiply_point(Range tiles, int64_t panel, int point) const {
+    const Range rows = with_point(tiles, point);
+    const int64_t steps = (plan_.channels + Math::kDepth - 1) / Math::kDepth;
+    const Operand* u = static_cast<const Operand*>(arguments_.weight) +
+                       panel * plan_.u_panel_stride + point * (steps * Math::kDepth * kPanel);
+    if (rows.size() == 0) return;
+    const int64_t first = rows.begin - tiles.begin;
+    const Operand* v = v_rows(panel, point, first);
+    for (int64_t k = 0; k < steps; k += kSumSteps) {
+      multiply<Math>(rows.size(), panel_vectors(panel),
+                     steps - k < kSumSteps ? steps - k : kSumSteps, v + k * Math::kDepth,
+                     plan_.tile_stride, u + k * Math::kDepth * kPanel, m_rows(panel, point, first),
+                     k > 0);
+    }
+  }
+
+  // The pairs of point and panel whose products begin in this thread's share of all rows. Points
+  // are outermost, so that a thread reads few points of V.
+  void multiply_share(Range tiles, const Team& team) const {
+    int64_t total = 0;
+    for (int point = 0; point < kPoints * kPoints; ++point) {
+      total += with_point(tiles, point).size() * all_panels();
+    }
+    const Range mine = share(total, team);
+    int64_t done = 0;
+    for (int point = 0; point < kPoints * kPoints; ++point) {
+      const int64_t rows = with_point(tiles, point).size();
+      for (int64_t panel = 0; panel < all_panels(); ++panel, done += rows) {
+        if (done >= mine.begin && done < mine.end) multiply_point(tiles, panel, point);
+      }
+    }
+  }
+
+  // The products of points 2 `pair` and 2 `pair` + 1 along y, for the pairs in a range, with
+  // weights transformed here: some channels at a time, so that they are read once and their
+  // U[2][point along x][channel][column] stays in the cache.
+  void multiply_compact(Range tiles, int64_t panel, Range pairs) const {
+    const int vectors = panel_vectors(panel);
+    const Element* weight = static_cast<const Element*>(arguments_.weight) +
+                            panel * (int64_t{plan_.channels} * 9 * kPanel);
+    for (int64_t c = 0; c < plan_.channels; c += kCompactChannels) {
+      const int64_t left = plan_.channels - c;
+      const int64_t steps = left < kCompactChannels ? left : kCompactChannels;
+      for (int64_t pair = pairs.begin; pair < pairs.end; ++pair) {
+        dispatch_size<kPairs>(static_cast<int>(pair) + 1, [&](auto one_more) {
+          transform_weights<one_more - 1>(weight + c * 9 * kPanel, steps, vectors);
+        });
+        for (int i = 0; i < 2 * kPoints; ++i) {
+          const int point = static_cast<int>(pair) * 2 * kPoints + i;
+          const Range rows = with_point(tiles, point);
+          if (rows.size() == 0) continue;
+          const int64_t first = rows.begin - tiles.begin;
+          multiply<Math>(rows.size(), vectors, steps, v_rows(panel, point, first) + c,
+                         plan_.tile_stride, u_ + i * kUStride, m_rows(panel, point, first), c > 0);
+        }
+      }
+    }
+  }
+
+  // Rows 2 kPair and 2 kPair + 1 of G g G^T; g: [steps][3 x 3][panel].
+  template <int kPair>
+  void transform_weights(const Element* g, int64_t steps, int vectors) const {
+    for (int64_t i = 0; i < steps; ++i, g += 9 * kPanel) {
+      for (int v = 0; v < vectors; ++v) {
+        Register half[2][3];
+        unroll<3>([&](auto s) __attribute__((always_inline)) {
+          Register taps[3], t[4];
+          unroll<3>([&](auto r) __attribute__((always_inline)) {
+            taps[r] = Vec::load(g + (3 * r + s) * kPanel + v * kWidth);
+          });
+          transform<Math, FilterRows<P, kPair>>(taps, t);
+          half[0][s] = t[2];
+          half[1][s] = t[3];
+        });
+        unroll<2>([&](auto row) __attribute__((always_inline)) {
+          Register t[kPoints];
+          transform<Math, FilterMatrix<P>>(half[row], t);
+          float* u = u_ + row * kPoints * kUStride + i * kPanel + v * kWidth;
+          unroll<kPoints>([&](auto j) __attribute__((always_inline)) {
+            Math::store_float(u + j * kUStride, t[j]);
+          });
+        });
+      }
+    }
+  }
+
+  // ---- output -----------------------------------------------------------------------------------
+
+  void transform_outputs_share(Range tiles, const Team& team) const {
+    int64_t per_tile = 0;  // vectors
+    for (int64_t panel = 0; panel < all_panels(); ++panel) per_tile += panel_vectors(panel);
+    const Range mine = share(tiles.size() * per_tile, team);
+    int64_t done = 0;
+    for (int64_t panel = 0; panel < all_panels(); ++panel) {
+      const int64_t vectors = panel_vectors(panel);
+      for (int64_t t = tiles.begin; t < tiles.end; ++t, done += vectors) {
+        const Range here = part(mine, done, vectors);
+        if (here.size() > 0) transform_outputs(tiles, t, panel, here);
+      }
+    }
+  }
+
+  // Vectors [begin, end) of one panel of one tile.
+  void transform_outputs(Range tiles, int64_t index, int64_t panel, Range vectors) const {
+    const Tile tile = plan_.grid.tile(index);
+    const float* m = m_rows(panel, 0, index - tiles.begin);
+    const int64_t group = panel / plan_.panels;
+    const int64_t column = (panel - group * plan_.panels) * kPanel;
+    for (int64_t v = vectors.begin; v < vectors.end; ++v) {
+      const int64_t first = column + v * kWidth, left = plan_.outputs - first;
+      const int64_t k = group * plan_.outputs + first;
+      if (left >= kWidth) {
+        transform_output(tile, m + v * kWidth, k, kWidth);
+      } else {
+        transform_output(tile, m + v * kWidth, k, left);
+      }
+    }
+  }
+
+  // `count` <= kWidth output channels of one tile, from channel k on.
+  FUSED_RESNET_INLINE void transform_output(const Tile& tile, const float* m, int64_t k,
+                                            int64_t count) const {
+    Register half[P::kTile][kPoints];  // A M: [row][point along x]
+    dispatch_size<P::kTile>(tile.height, [&](auto height) __attribute__((always_inline)) {
+      for (int j = 0; j < tile.width + 2; ++j) {
+        Register column[height + 2], t[height];
+        unroll<height + 2>([&](auto i) __attribute__((always_inline)) {
+          column[i] = Math::load_param(m + (i * kPoints + j) * plan_.m_point_stride);
+        });
+        cpu::transform_output<Math, P, height>(column, t);
+        unroll<height>([&](auto i) __attribute__((always_inline)) { half[i][j] = t[i]; });
+      }
+    });
+    const Register scale = load_param<Math>(arguments_.scale + k, count);
+    const Register shift = load_param<Math>(arguments_.shift + k, count);
+    const int64_t offset =
+        ((int64_t{tile.image} * p_.out_h + tile.y) * p_.out_w + tile.x) * p_.k + k;
+    dispatch_epilogue(p_.epilogue, [&](auto epilogue) __attribute__((always_inline)) {
+      using Functor = decltype(epilogue);
+      dispatch_size<P::kTile>(tile.width, [&](auto width) __attribute__((always_inline)) {
+        for (int i = 0; i < tile.height; ++i) {
+          Register t[width];
+          cpu::transform_output<Math, P, width>(half[i], t);
+          const int64_t row = offset + i * (int64_t{p_.out_w} * p_.k);
+          unroll<width>([&](auto j) __attribute__((always_inline)) {
+            const int64_t at = row + j * p_.k;
+            Register z = Math::multiply_add(t[j], scale, shift);
+            if constexpr (Functor::kReluFirst) z = Math::relu(z);
+            if constexpr (Functor::kReadsResidual) {
+              const auto* residual = static_cast<const Element*>(arguments_.residual);
+              z = Math::add(z, load<Vec>(residual + at, count));
+            }
+            if constexpr (Functor::kReluLast) z = Math::relu(z);
+            store<Vec>(static_cast<Element*>(arguments_.y) + at, z, count);
+          });
+        }
+      });
+    });
+  }
+
+  const WinogradPlan& plan_;
+  const ConvProblem& p_;
+  const ConvArguments& arguments_;
+  Operand* const v_;
+  float* const m_;
+  float* const u_;  // of this thread: compact kernels' transformed weights
+};
+
+// All kernels with fp32 products. Float32 and BFloat16: elements in memory, Math: their registers.
+template <class Float32, class BFloat16, class Math>
+constexpr WinogradCodes winograd_codes() {
+  using Products = Float32Products<Math>;
+  constexpr auto code = [](WinogradRun run) {
+    return WinogradCode{run, Math::kRows, Math::kColumns * Math::kWidth, Math::kWidth, 1, false};
+  };
+  return {
+      code(Winograd<Points2, Float32, Products>::run),
+      code(Winograd<Points2, BFloat16, Products>::run),
+      code(Winograd<Points4, Float32, Products>::run),
+      code(Winograd<Points4, BFloat16, Products>::run),
+      code(Winograd<Points4, Float32, Products, true>::run),
+      code(Winograd<Points4, BFloat16, Products, true>::run),
+  };
+}
+
+}  // namespace
+}  // namespace fused_resnet::cpu

@@ -1,0 +1,71 @@
+"""Models that cannot be specialised: the problems of their fused ops are measured all the same.
+
+The fused model is run once on the example, and each fused op that runs is seen with its arguments.
+What is measured then goes into the tuned table, from which the fused model chooses its kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_resnet import backends
+from fused_resnet.planner import Progress, Settings, measure_all
+from fused_resnet.problem import ConvProblem
+from fused_resnet.source import Source
+from fused_resnet.tuned_table import TunedTable
+from fused_resnet.tuning import EFFORTS, Task, is_current
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every fused op of a run with its arguments; keeps one task for each problem."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tasks: dict[tuple[str, object], Task] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace != "fused_resnet":
+            return func(*args, **kwargs)
+        inplace = func is torch.ops.fused_resnet.add_relu_.default
+        operands = [t.clone() if inplace else t for t in args if isinstance(t, Tensor)]
+        with backends.observe() as choices:
+            result = func(*args, **kwargs)
+        for choice in choices[-1:]:
+            given: list[Tensor | None] = list(operands)
+            if isinstance(choice.problem, ConvProblem) and len(given) == 4:
+                given.append(None)
+            task = Task(choice.kernel.op, choice.problem, choice.device, tuple(given))
+            self.tasks.setdefault((task.op, task.problem), task)
+        return result
+
+
+def tune_in_place(
+    source: Source,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    settings: Settings,
+    table: TunedTable,
+    progress: Progress,
+) -> None:
+    """Measure the problems of all fused ops that run for these arguments; see the module."""
+    recorder = _Recorder()
+    with torch.inference_mode(False), torch.no_grad(), recorder:
+        source(*args, **kwargs)
+    effort = EFFORTS[settings.mode]
+    wanted = []
+    for task in recorder.tasks.values():
+        entry = table.entry(task.op, task.problem, task.device)
+        if entry is None or not is_current(entry, task, effort):
+            wanted.append(task)
+    measure_all(wanted, settings, table, progress)
+
+
+__all__ = ["tune_in_place"]

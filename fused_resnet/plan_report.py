@@ -1,0 +1,246 @@
+"""What `Plan.explain` and `Plan.memory` say: each layer's kernel, time, error and rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
+from torch import Tensor
+
+from fused_resnet.console import duration, megabytes, plain, table
+from fused_resnet.layers import Plain
+from fused_resnet.planner import Outcome, Settings
+from fused_resnet.program import Program
+from fused_resnet.tuned_table import Timing
+from fused_resnet.weights import Weights
+
+if TYPE_CHECKING:
+    from fused_resnet.plan import Specialisation
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of a plan and of stock torch for the same network.
+
+    Activations are counted from the lifetimes of values at the largest of the plan's shapes, not
+    measured: stock torch's as eager execution holds them, with ReLU and sums in place.
+
+    Attributes:
+        weights: packed ones, and others that the plan holds.
+        stock_weights: parameters and buffers of the model.
+        arena: activations of native programs.
+        activations: all other activations.
+        stock_activations: stock torch's.
+    """
+
+    weights: int
+    stock_weights: int
+    arena: int
+    activations: int
+    stock_activations: int
+
+    def __str__(self) -> str:
+        return (
+            f"weights {megabytes(self.weights)} (stock {megabytes(self.stock_weights)}), "
+            f"activations {megabytes(self.arena + self.activations)} "
+            f"(stock {megabytes(self.stock_activations)})"
+        )
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A kernel that does not compute a layer, and why not."""
+
+    kernel: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer of a plan.
+
+    Attributes:
+        name: path of the convolution, or name of the operator.
+        problem: what is computed.
+        kernel: what computes it; ``torch`` for what no kernel competes for.
+        seconds: of one call, as measured when kernels were compared; None if it was not measured.
+        share: of the sum of all measured times.
+        error: relative distance from float64 on the layer's real input, by norm.
+        stock_error: stock torch's.
+        rivals: all other kernels.
+    """
+
+    name: str
+    problem: str
+    kernel: str
+    seconds: float | None = None
+    share: float | None = None
+    error: float | None = None
+    stock_error: float | None = None
+    rivals: tuple[Rival, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """The layers for one set of shapes, and notes about them."""
+
+    inputs: str
+    rows: tuple[Row, ...]
+    seconds: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What `Plan.explain` found; prints as a table, ``to_dict`` gives everything.
+
+    Attributes:
+        model: name of the model's class.
+        mode: of tuning.
+        parts: one for each set of shapes.
+        memory: bytes.
+        reason: why the model is not specialised and runs fused instead; None if it is.
+    """
+
+    model: str
+    mode: str
+    parts: tuple[Part, ...]
+    memory: MemoryReport
+    reason: str | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as what JSON can hold."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return plain(self, width=140)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.reason is not None:
+            yield escape(
+                f"{self.model} is not specialised, its fused form runs with tuned kernels: "
+                f"{self.reason}"
+            )
+        for part in self.parts:
+            yield from _print_part(self, part)
+        yield escape(f"memory: {self.memory}")
+
+
+def _print_part(report: PlanReport, part: Part) -> Iterator[Any]:
+    timed = "" if part.seconds is None else f", {duration(part.seconds)} as a whole"
+    yield escape(f"plan of {report.model} for {part.inputs}, mode {report.mode}{timed}")
+    rows = table()
+    for heading in ("layer", "problem", "kernel"):
+        rows.add_column(heading, overflow="fold")
+    for heading in ("time", "share", "error", "stock's"):
+        rows.add_column(heading, justify="right", no_wrap=True)
+    rows.add_column("next best", overflow="fold")
+    for row in part.rows:
+        rival = f"{row.rivals[0].kernel}: {row.rivals[0].why}" if row.rivals else ""
+        cells = (
+            row.name,
+            row.problem,
+            row.kernel,
+            "" if row.seconds is None else duration(row.seconds),
+            "" if row.share is None else f"{row.share:.0%}",
+            "" if row.error is None else f"{row.error:.1e}",
+            "" if row.stock_error is None else f"{row.stock_error:.1e}",
+            rival,
+        )
+        rows.add_row(*map(escape, cells))
+    yield rows
+    for note in part.notes:
+        yield escape(f"note: {note}")
+
+
+def report(
+    name: str,
+    parts: Sequence[tuple[str, Specialisation]],
+    settings: Settings,
+    reason: str | None,
+    memory: MemoryReport,
+) -> PlanReport:
+    """The report of a plan with these programs."""
+    return PlanReport(
+        name, settings.mode, tuple(_part(*part, settings) for part in parts), memory, reason
+    )
+
+
+def _part(inputs: str, specialisation: Specialisation, settings: Settings) -> Part:
+    decision = specialisation.decision
+    outcomes = {o.layer.result: o for o in decision.outcomes}
+    rows = [
+        Row(layer.name, "", "torch")
+        if isinstance(layer, Plain)
+        else _row(outcomes[layer.result], settings)
+        for layer in specialisation.program.layers.layers
+    ]
+    total = sum(row.seconds or 0.0 for row in rows)
+    shared = tuple(
+        row if row.seconds is None or total == 0.0
+        else Row(**{**vars(row), "share": row.seconds / total})
+        for row in rows
+    )  # fmt: skip
+    return Part(inputs, shared, decision.seconds, tuple(decision.notes))
+
+
+def _row(outcome: Outcome, settings: Settings) -> Row:
+    name = outcome.kernel.full_name
+    seconds = None
+    rivals: list[Rival] = []
+    if outcome.entry is not None:
+        timings = {t.kernel: t for t in outcome.entry.timings}
+        mine = timings.get(name)
+        seconds = None if mine is None else mine.seconds
+        tolerance = settings.tolerance_of(outcome.layer.problem.dtype)
+        others = sorted((t for t in timings.values() if t is not mine), key=lambda t: t.seconds)
+        rivals = [Rival(t.kernel, _why_not(t, mine, tolerance)) for t in others]
+        rivals += [Rival(kernel, why) for kernel, why in outcome.entry.rejected]
+    return Row(
+        outcome.layer.name,
+        str(outcome.layer.problem),
+        name,
+        seconds,
+        None,
+        outcome.error,
+        outcome.stock_error,
+        tuple(rivals),
+    )
+
+
+def _why_not(timing: Timing, mine: Timing | None, tolerance: float | None) -> str:
+    if not timing.exact and tolerance is None:
+        return f"inexact (error {timing.error:.1e}), which the mode excludes"
+    if not timing.exact and tolerance is not None and timing.error > tolerance:
+        return f"its error {timing.error:.1e} exceeds the tolerance {tolerance:.1e}"
+    if mine is None:
+        return f"{duration(timing.seconds)}, where the chosen kernel was not measured"
+    ratio = timing.seconds / mine.seconds
+    if ratio >= 1.0:
+        return f"{ratio:.2f} times as slow"
+    return f"{ratio:.2f} of the time by itself: a near-tie, or slower within the network"
+
+
+def memory_report(
+    programs: Sequence[Program], weights: Weights, like: Mapping[str, Tensor]
+) -> MemoryReport:
+    """The bytes of programs that share ``weights``; ``like`` are the model's tensors."""
+    stock = sum(t.numel() * t.element_size() for t in like.values())
+    found = [program.memory for program in programs]
+    largest = max(found, key=lambda m: m.stock_activations, default=None)
+    if largest is None:
+        return MemoryReport(weights.bytes, stock, 0, 0, 0)
+    return MemoryReport(
+        weights.bytes,
+        stock,
+        sum(m.arena for m in found),
+        largest.activations,
+        largest.stock_activations,
+    )
+
+
+__all__ = ["MemoryReport", "Part", "PlanReport", "Rival", "Row", "memory_report", "report"]

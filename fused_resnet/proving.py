@@ -1,0 +1,173 @@
+"""Proving: every layer of a network with its own weights and its real input, against float64.
+
+Problems are measured once each, on the first layer that has them. Whether a kernel is right for the
+other layers, whose weights differ, is seen here: the network is run layer by layer, and each kernel
+that a plan may use computes the layer beside float64 and stock torch. Errors are taken from the
+first and the last image of the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resnet import backends, ops
+from fused_resnet.backends.kernel import Kernel
+from fused_resnet.graph import Graph, Literal, evaluate_constants, refs_in, substitute
+from fused_resnet.layers import Conv, Layers, Plain, Tunable
+from fused_resnet.numerics import Error, error
+from fused_resnet.problem import ConvProblem
+from fused_resnet.program import last_reads
+from fused_resnet.tuned_table import key_of
+from fused_resnet.tuning import Task, call_of, error_of_stock, reference
+
+#: Called with a layer that kernels compete for and its task; returns the layer's result.
+Visit = Callable[[Tunable, Task], Tensor]
+
+
+def walk(
+    layers: Layers, state: Mapping[str, Tensor], inputs: Sequence[Tensor], visit: Visit
+) -> list[Any]:
+    """Run the layers one after another, each value let go when nobody reads it any more.
+
+    Args:
+        layers: what is run.
+        state: parameters and buffers by name.
+        inputs: of the graph.
+        visit: computes the layers that kernels compete for.
+
+    Returns:
+        What the graph returns, as leaves.
+    """
+    graph = layers.graph
+    made = {*graph.inputs, *(layer.result for layer in layers.layers)}
+    needed = {i for layer in layers.layers for i in layer.constants}
+    needed |= set(refs_in(graph.outputs)) - made
+    constants = evaluate_constants(graph, layers.constant, state, needed)
+    env: dict[int, Any] = dict(zip(graph.inputs, inputs, strict=True))
+    last = last_reads(layers)
+
+    def value(i: int) -> Any:
+        return constants[i] if i in constants else env[i]
+
+    with torch.inference_mode(False), torch.no_grad():
+        for position, layer in enumerate(layers.layers):
+            if isinstance(layer, Plain):
+                args, kwargs = substitute((layer.call.args, layer.call.kwargs), value)
+                env[layer.result] = layer.call.op(*args, **kwargs)
+            else:
+                env[layer.result] = visit(layer, _task(layer, value))
+            for i in {*layer.reads, layer.result}:
+                if last.get(i, position) == position:
+                    env.pop(i, None)
+    results: list[Any] = substitute(list(graph.outputs), value)
+    return results
+
+
+def _task(layer: Tunable, value: Callable[[int], Tensor]) -> Task:
+    args = [None if i is None else value(i) for i in layer.operands]
+    if isinstance(layer, Conv) and args[4] is not None:
+        args[4] = args[4].contiguous(memory_format=torch.channels_last)
+    assert args[0] is not None
+    return Task(layer.op, layer.problem, args[0].device, tuple(args))
+
+
+def stock_result(layer: Tunable, task: Task) -> Tensor:
+    """The layer's result by stock torch, laid out as the registered op promises."""
+    result = stock_kernel(task.op).run(task.problem, *task.args)
+    return ops.channels_last(result) if isinstance(layer, Conv) else result
+
+
+def stock_kernel(op: str) -> Kernel:
+    """Stock torch's kernel of an op."""
+    return next(k for k in backends.KERNELS if k.op == op and k.backend == "torch")
+
+
+def errors_of(
+    layer: Tunable, task: Task, kernels: Sequence[Kernel]
+) -> tuple[dict[Kernel, Error | str], Error, Tensor | None]:
+    """How far each kernel is off on a layer.
+
+    Returns:
+        For each kernel its error, or why there is none; stock torch's error; and the result of the
+        first kernel that gave one.
+    """
+    ends = _ends(task)
+    exact = reference(ends)
+    allowed = error_of_stock(ends, exact)
+    found: dict[Kernel, Error | str] = {}
+    first: Tensor | None = None
+    for kernel in kernels:
+        try:
+            result = call_of(kernel, task)()
+            found[kernel] = error(_ends_of(result, task), exact)
+        except Exception as e:  # A kernel of any kind: what it raises makes it lose, no more.
+            found[kernel] = f"it raised {type(e).__name__}: {e}"
+            continue
+        if first is None:
+            first = ops.channels_last(result) if isinstance(layer, Conv) else result
+    return found, allowed, first
+
+
+def _ends(task: Task) -> Task:
+    """The task for the first and the last image only."""
+    if not isinstance(task.problem, ConvProblem) or task.problem.n <= 2:
+        return task
+    x, weight, scale, shift, residual = task.args
+    assert x is not None
+    r = None if residual is None else _ends_of(residual, task)
+    return Task(task.op, task.problem, task.device, (_ends_of(x, task), weight, scale, shift, r))
+
+
+def _ends_of(t: Tensor, task: Task) -> Tensor:
+    if not isinstance(task.problem, ConvProblem) or task.problem.n <= 2:
+        return t
+    return torch.cat((t[:1], t[-1:])).contiguous(memory_format=torch.channels_last)
+
+
+def digest(
+    layers: Layers,
+    kernels: Mapping[int, Kernel],
+    state: Mapping[str, Tensor],
+    tolerance: float | None,
+) -> str:
+    """A number that changes with the layers, the kernels, the weights or the tolerance."""
+    hashed = hashlib.blake2b(digest_size=16)
+    hashed.update(json.dumps(["v1", tolerance]).encode())
+    for layer in layers.layers:
+        if isinstance(layer, Plain):
+            hashed.update(f"{layer.name} {layer.call.args} {layer.call.kwargs}".encode())
+        else:
+            key = key_of(layer.op, layer.problem)
+            name = kernels[layer.result].full_name
+            hashed.update(f"{key} {name} {layer.operands}".encode())
+    for tensor in _sources(layers.graph, state):
+        raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        hashed.update(raw.cpu().numpy().data)
+    return hashed.hexdigest()
+
+
+def _sources(graph: Graph, state: Mapping[str, Tensor]) -> list[Tensor]:
+    """The tensors that the graph's constants come from, each once."""
+    found: dict[str, Tensor] = {}
+    literals = []
+    for origin in graph.origins.values():
+        if isinstance(origin, Literal):
+            literals.append(origin.tensor)
+        else:
+            names = getattr(origin, "names", None) or (origin.name,)  # type: ignore[union-attr]
+            found.update((name, state[name]) for name in names)
+    return [found[name] for name in sorted(found)] + literals
+
+
+def tunable(layers: Layers) -> list[Tunable]:
+    """The layers that kernels compete for, in order."""
+    return [layer for layer in layers.layers if not isinstance(layer, Plain)]
+
+
+__all__ = ["digest", "errors_of", "stock_kernel", "stock_result", "tunable", "walk"]

@@ -1,0 +1,299 @@
+"""Measuring: every kernel for one problem, verified against float64, then timed in turn.
+
+How a problem is measured:
+
+1. Candidates are all kernels of the op that support it, in all configurations worth timing, stock
+   torch among them. One that fails its entrance test is out.
+2. Each runs on the layer's real input and weights. Its error against float64 must satisfy the rule
+   of `fused_resnet.numerics`, which is looser for inexact kernels: their errors are recorded, for
+   the user's tolerance to be compared with. One that raises is out, with one warning.
+3. What is left is timed in rounds, the order rotating, so that whatever the machine does meanwhile
+   meets all alike; a median counts. One that is far behind after some rounds leaves.
+
+On the CPU the caches are swept before each call of a layer whose weights are larger than its
+activations: in a network such weights come from memory, and kernels that need more bytes for them
+must pay for that here too.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resnet import backends
+from fused_resnet.backends.kernel import Kernel, PackedKernel
+from fused_resnet.backends.verify import is_out_of_memory
+from fused_resnet.numerics import Error, error, fault, largest, reference_conv, stock_conv
+from fused_resnet.problem import AddReluProblem, ConvProblem, Problem
+from fused_resnet.tuned_table import Entry, Timing
+from fused_resnet.warn import FusedResNetWarning
+
+#: Images that errors are taken from at once: float64 needs memory.
+_CHUNK = 4
+#: Rounds after which a kernel so many times as slow as the best leaves.
+_EARLY_ROUNDS, _FAR_BEHIND = 3, 1.5
+#: Bytes that are written to sweep the caches.
+_SWEEP = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        name: ``balanced`` or ``max``.
+        rounds: at least so many.
+        seconds: for each candidate, unless the rounds take longer.
+        variants: whether all configurations of a kernel compete, rather than its own choice alone.
+    """
+
+    name: str
+    rounds: int
+    seconds: float
+    variants: bool
+
+
+#: By mode; ``strict`` differs from ``balanced`` in what may be chosen, not in what is measured.
+EFFORTS = {
+    "balanced": Effort("balanced", 7, 0.1, variants=False),
+    "strict": Effort("balanced", 7, 0.1, variants=False),
+    "max": Effort("max", 25, 0.4, variants=True),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem to measure, with the tensors of the first layer that has it.
+
+    Attributes:
+        op: name of the op.
+        problem: what is computed.
+        device: where.
+        args: as `Kernel.run` takes them, after the problem.
+    """
+
+    op: str
+    problem: Problem
+    device: torch.device
+    args: tuple[Tensor | None, ...]
+
+    @property
+    def cost(self) -> float:
+        """A guess at the time it takes, for the order of tuning: operations, or bytes if more."""
+        flops = self.problem.flops if isinstance(self.problem, ConvProblem) else 0
+        return max(flops / 16, self.problem.min_bytes)
+
+
+@dataclass
+class _Candidate:
+    kernel: Kernel
+    call: Callable[[], Tensor]
+    error: Error
+    samples: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.samples)
+
+
+def measure(task: Task, effort: Effort) -> Entry:
+    """Verify and time every kernel for a task.
+
+    Returns:
+        Its entry for the table. Of stock torch there always is a timing.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        exact = reference(task)
+        allowed = error_of_stock(task, exact)
+        found: list[_Candidate] = []
+        rejected: list[tuple[str, str]] = []
+        for kernel in contenders(task, effort):
+            outcome = _verified(kernel, task, exact, allowed)
+            if isinstance(outcome, str):
+                rejected.append((kernel.full_name, outcome))
+            else:
+                found.append(outcome)
+        del exact
+        _time(found, task, effort)
+    timings = tuple(
+        Timing(c.kernel.full_name, c.seconds, c.error.l2, c.kernel.exact) for c in found
+    )
+    return Entry(allowed.l2, timings, tuple(rejected), effort.name, time.time())
+
+
+def contenders(task: Task, effort: Effort) -> list[Kernel]:
+    """All kernels of the op, simplest first; those that do not support the problem as they are."""
+    found: list[Kernel] = []
+    for kernel in backends.KERNELS:
+        if kernel.op != task.op:
+            continue
+        supported = kernel.supports(task.problem, task.device) is None
+        every = effort.variants and supported
+        found += kernel.variants(task.problem, task.device) if every else (kernel,)
+    return found
+
+
+def is_current(entry: Entry, task: Task, effort: Effort) -> bool:
+    """Whether an entry of the table says all that measuring anew would."""
+    if effort.name == "max" and entry.effort != "max":
+        return False
+    return all(k.full_name in entry.considered for k in contenders(task, effort))
+
+
+def call_of(kernel: Kernel, task: Task) -> Callable[[], Tensor]:
+    """A function of nothing that runs ``kernel`` on a task, its weights packed beforehand."""
+    problem, args = task.problem, task.args
+    if isinstance(kernel, PackedKernel):
+        x, weight, scale, shift, *rest = args
+        packed: Any = kernel.prepared(problem, weight, scale, shift)  # type: ignore[arg-type]
+        args = (x, packed, scale, shift, *rest)
+    if isinstance(problem, AddReluProblem) and problem.inplace:
+        a, b = args
+        assert a is not None
+        target = a.clone()
+        return lambda: kernel.run(problem, target.copy_(a), b)
+    return lambda: kernel.run(problem, *args)
+
+
+# --------------------------------------------------------------------------------------------------
+# Right or wrong.
+# --------------------------------------------------------------------------------------------------
+
+
+def reference(task: Task) -> Tensor:
+    """The task's result in float64, computed a few images at a time."""
+    if not isinstance(task.problem, ConvProblem):
+        a, b = task.args
+        assert a is not None
+        assert b is not None
+        return torch.relu(a.double() + b.double())
+    return torch.cat([reference_conv(task.problem, *piece) for piece in _pieces(task)])
+
+
+def error_of_stock(task: Task, exact: Tensor) -> Error:
+    """Stock torch's error in the task's dtype, in whichever memory layout it is larger."""
+    if not isinstance(task.problem, ConvProblem):
+        a, b = task.args
+        assert a is not None
+        assert b is not None
+        return error(torch.relu(a + b), exact)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        results = [
+            stock_conv(task.problem, piece[0].contiguous(memory_format=layout), *piece[1:])
+            for piece in _pieces(task)
+        ]
+        found.append(error(torch.cat(results), exact))
+    return largest(*found)
+
+
+def _pieces(task: Task) -> list[tuple[Any, ...]]:
+    x, weight, scale, shift, residual = task.args
+    assert x is not None
+    xs = x.split(_CHUNK)
+    residuals = [None] * len(xs) if residual is None else residual.split(_CHUNK)
+    return [(x, weight, scale, shift, r) for x, r in zip(xs, residuals, strict=True)]
+
+
+def _verified(kernel: Kernel, task: Task, exact: Tensor, allowed: Error) -> _Candidate | str:
+    """The kernel ready to be timed, or why it is out."""
+    reason = kernel.supports(task.problem, task.device)
+    if reason is None:
+        reason = backends.verdict(kernel, task.device, task.problem.dtype)
+    if reason is not None:
+        return reason
+    try:
+        call = call_of(kernel, task)
+        result = call()
+        if result.shape != exact.shape or result.dtype != task.problem.dtype:
+            return f"it returned {tuple(result.shape)} {result.dtype}"
+        found = error(result, exact)
+    except Exception as e:
+        if kernel.backend == "torch":
+            raise
+        reason = f"it raised {type(e).__name__}: {e}"
+        if not is_out_of_memory(e):
+            warnings.warn(
+                f"{kernel.full_name} is skipped for {task.problem}: {reason}",
+                FusedResNetWarning,
+                stacklevel=2,
+            )
+        return reason
+    reason = fault(found, allowed, task.problem.dtype, kernel.exact)
+    return reason or _Candidate(kernel, call, found)
+
+
+# --------------------------------------------------------------------------------------------------
+# Fast or slow.
+# --------------------------------------------------------------------------------------------------
+
+
+def _time(found: Sequence[_Candidate], task: Task, effort: Effort) -> None:
+    """Fill in the samples of all candidates."""
+    clock = _cuda_seconds if task.device.type == "cuda" else _cpu_seconds
+    sweep = _sweeper(task)
+    running = list(found)
+    for c in running:
+        c.samples = [clock(c.call, 1, sweep)]  # The second call: the first was its verification.
+    start = time.monotonic()
+    for round_ in range(10_000):
+        spent = time.monotonic() - start
+        if round_ >= effort.rounds and spent >= effort.seconds * len(running):
+            break
+        for c in running[round_ % len(running) :] + running[: round_ % len(running)]:
+            # Short calls are timed many at a time; not where each call needs caches swept.
+            calls = 1 if sweep is not None else max(1, math.ceil(2e-4 / max(c.samples[0], 1e-7)))
+            c.samples.append(clock(c.call, calls, sweep))
+        if round_ + 1 == _EARLY_ROUNDS:
+            limit = _FAR_BEHIND * min(c.seconds for c in running)
+            running = [c for c in running if c.seconds <= limit]
+    for c in found:
+        c.samples = c.samples[1:]
+
+
+def _cpu_seconds(call: Callable[[], Any], calls: int, sweep: Callable[[], None] | None) -> float:
+    if sweep is not None:
+        sweep()
+    start = time.perf_counter_ns()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter_ns() - start) / 1e9 / calls
+
+
+def _cuda_seconds(call: Callable[[], Any], calls: int, sweep: Callable[[], None] | None) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if sweep is not None:
+        sweep()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / calls
+
+
+def _sweeper(task: Task) -> Callable[[], None] | None:
+    """What sweeps the caches before a call; None where nothing would be gained by it."""
+    p = task.problem
+    if not isinstance(p, ConvProblem) or task.device.type != "cpu":
+        return None
+    weights = p.k * p.c // p.groups * p.r * p.s
+    if weights <= p.n * p.c * p.h * p.w + math.prod(p.out_shape):
+        return None
+    buffer = torch.empty(_SWEEP, dtype=torch.uint8)
+
+    def sweep() -> None:
+        buffer.zero_()
+
+    return sweep
+
+
+__all__ = ["EFFORTS", "Effort", "Task", "is_current", "measure"]

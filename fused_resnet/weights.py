@@ -1,0 +1,123 @@
+"""What the programs of one plan derive from its weights: packed layouts and copies, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends.kernel import PackedKernel, Prepared
+from fused_resnet.fold import Recipe
+from fused_resnet.graph import Graph, Named
+from fused_resnet.layers import Conv
+from fused_resnet.problem import ConvProblem
+
+
+class Weights:
+    """What the programs of one plan have derived from one set of weights, each thing once.
+
+    Nothing here shares memory with ``state``: training the model on does not change a plan.
+
+    Args:
+        state: parameters and buffers by name.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state = state
+        self._packed: dict[Hashable, Prepared] = {}
+        self._own: dict[str, Tensor] = {}
+
+    def packed(
+        self, kernel: PackedKernel, layer: Conv, graph: Graph, constants: Mapping[int, Tensor]
+    ) -> Prepared:
+        """The layer's weight as its kernel wants it."""
+        operands = tuple(constants[i] for i in layer.constants)
+        vectors = layer.constants[1:] if kernel.packs_vectors else ()
+        return self.packed_as(kernel, layer.problem, graph, layer.weight, operands, vectors)
+
+    def packed_as(
+        self,
+        kernel: PackedKernel,
+        problem: ConvProblem,
+        graph: Graph,
+        weight: int,
+        operands: tuple[Tensor, ...],
+        vectors: tuple[int, ...] = (),
+    ) -> Prepared:
+        """The constant ``weight`` (and ``vectors``, if they are packed too) packed for a problem.
+
+        Args:
+            kernel: what packs.
+            problem: what for.
+            graph: whose constants these are.
+            weight: a constant.
+            operands: weight [K, C / groups, R, S], scale and shift, as tensors.
+            vectors: scale and shift, as constants.
+        """
+        layout = kernel.layout(problem, operands[0].device)
+        origins = tuple(graph.origins.get(i) for i in (weight, *vectors))
+        # Graphs of several shapes name the same weights alike; what has no name is not shared.
+        known = all(isinstance(origin, Named | Recipe) for origin in origins)
+        key: Hashable = (kernel, layout, origins if known else (id(graph), weight, *vectors))
+        if key not in self._packed:
+            prepared = kernel.prepared(problem, *operands)
+            self._packed[key] = Prepared(_detached(prepared.value, operands))
+        return self._packed[key]
+
+    def own(self, graph: Graph, value: int, tensor: Tensor) -> Tensor:
+        """A constant that steps read as it is: a copy, shared by all programs."""
+        origin = graph.origins.get(value)
+        if not isinstance(origin, Named):
+            return tensor
+        if origin.name not in self._own:
+            self._own[origin.name] = tensor.clone(memory_format=torch.preserve_format)
+        return self._own[origin.name]
+
+    def release(self) -> None:
+        """Let go of the weights themselves: no more programs can be made."""
+        self.state = {}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of everything that was derived."""
+        tensors = [
+            t
+            for value in (*(p.value for p in self._packed.values()), *self._own.values())
+            for t in _tensors(value)
+        ]
+        return sum({_address(t): _size(t) for t in tensors}.values())
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Tensors in packed weights: a tensor, or a named tuple or dataclass of some."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [t for part in value for t in _tensors(part)]
+    return [t for part in getattr(value, "__dict__", {}).values() for t in _tensors(part)]
+
+
+def _address(t: Tensor) -> int:
+    return id(t) if t.layout != torch.strided else t.untyped_storage().data_ptr()
+
+
+def _size(t: Tensor) -> int:
+    return (
+        t.numel() * t.element_size() if t.layout != torch.strided else t.untyped_storage().nbytes()
+    )
+
+
+def _detached(value: Any, sources: Sequence[Tensor]) -> Any:
+    """Packed weights, with a copy in the place of each tensor that is a source's memory still."""
+    shared = {_address(t) for t in sources}
+    if isinstance(value, Tensor):
+        return value.clone() if _address(value) in shared else value
+    if isinstance(value, tuple):
+        parts = [_detached(part, sources) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+__all__ = ["Weights"]
