@@ -172,7 +172,7 @@ class Report:
         results: one for each case, in the order in which they ran.
         complete: False if the run was interrupted.
         notes: what a reader should know: random weights, skipped photos, warnings.
-        pending: cases that the time budget left out, in words.
+        pending: cases that are still to be measured, in words; not empty if the time was up.
         inputs: settings that every case shares; filled by ``bench --report`` only.
         layers: see `rooflines`; filled by ``bench --report`` only.
         ceilings: likewise.
@@ -438,8 +438,8 @@ def _bench(
     ]
     network, photos, stage = None, None, None
     for i, (model, dtype, batch) in enumerate(todo):
+        report.pending = [f"{m}, batch {b}, {names[d]}" for m, d, b in todo[i:]]
         if time.monotonic() > deadline:
-            report.pending = [f"{m}, batch {b}, {names[d]}" for m, d, b in todo[i:]]
             return
         if network is None or photos is None or network.name != model:
             tell(f"{model}: loading", i / len(todo))
@@ -456,6 +456,7 @@ def _bench(
         report.results.append(result)
         with torch.inference_mode():
             stage.measure(result, settings.seconds / len(todo), share)
+        report.pending.pop(0)
         on_case(report)
 
 

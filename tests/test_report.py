@@ -272,6 +272,7 @@ def test_ctrl_c_loses_one_case_and_the_next_run_goes_on(tmp_path, timed, monkeyp
     report = run(TINY, tmp_path)
     assert not report.complete
     assert [r.case.batch for r in Report.load(tmp_path / "results.json").results] == [1]
+    assert Report.load(tmp_path / "results.json").pending == ["cifar_resnet8, batch 2, float32"]
     assert "Incomplete" in (tmp_path / "index.html").read_text()
     monkeypatch.setattr(bench._Stage, "measure", measure)
     report = run(TINY, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -53,6 +54,7 @@ def run(
     earlier = Report.load(results) if results.exists() and not fresh else None
     if earlier is not None:
         _check_alike(earlier, inputs, results)
+        earlier.command = list(sys.argv)
     start = time.monotonic()
     done = list(earlier.results) if earlier is not None else []
 
