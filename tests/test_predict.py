@@ -78,6 +78,7 @@ def test_classes_and_probabilities_are_those_of_float64(checkpoint, tmp_path):
     assert lines[1].split()[1:] == ["class", str(data["predictions"][0]["classes"][0]["index"])]
 
 
+@pytest.mark.filterwarnings("default:the budget of")
 def test_a_plan_finds_the_same_classes(checkpoint, tmp_path, monkeypatch):
     model, path = checkpoint
     planned = []
