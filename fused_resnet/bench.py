@@ -344,8 +344,8 @@ class Settings:
         size: of the photos; None for what each network is made for.
         memory: whether to measure first call and memory, in fresh processes.
         contenders: keys of `contenders.CONTENDERS`, stock torch among them.
-        tune: whether kernels are measured first, so that the fused networks choose by that.
         latency: whether to time single calls too.
+        tune: whether kernels are measured first, so that the fused networks choose by that.
     """
 
     models: tuple[str, ...] = ("resnet50",)
@@ -360,8 +360,8 @@ class Settings:
     size: int | None = None
     memory: bool = True
     contenders: tuple[str, ...] = contenders.DEFAULT
-    tune: bool = False
     latency: bool = False
+    tune: bool = False
 
 
 def bench(

@@ -39,6 +39,9 @@ from fused_resnet.version import __version__
 
 P = ParamSpec("P")
 
+#: Images for which `predict` plans first, unless told otherwise.
+_MANY = 256
+
 #: What ``-`` means where a file to write is asked for.
 STDOUT = Path("-")
 
@@ -251,6 +254,14 @@ def predict(
     backend: BackendOption = None,
     threads: ThreadsOption = None,
     size: SizeOption = None,
+    plan: Annotated[
+        bool | None,
+        typer.Option(
+            "--plan/--no-plan",
+            help=f"Measure kernels first; what was measured is kept. By default for {_MANY} images "
+            "or more.",
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the result to this file; - to print it.")
     ] = None,
@@ -280,8 +291,12 @@ def predict(
         network = zoo.load(model, weights=None if source == "random" else source, size=size)
         if network.random:
             err.print("[yellow]note:[/] the weights are random: the classes mean nothing")
+        classifier = zoo.fused(model, zoo.converted(network, d, where, channels_last=True))
+        if plan is True or (plan is None and len(files) >= _MANY):
+            example = _example(files, network, batch).to(where, d)
+            classifier = optimize(classifier, example, progress=tell)
         found = run_predict(
-            zoo.fused(model, zoo.converted(network, d, where, channels_last=True)),
+            classifier,
             files,
             network.transform,
             categories=categories or network.categories,
@@ -468,7 +483,7 @@ def _backends(values: list[str] | None) -> tuple[str, ...]:
 
 
 def _contenders(values: list[str] | None, report: Path | None, peers: bool) -> tuple[str, ...]:
-    keys = tuple(dict.fromkeys(_split(values)))
+    keys = tuple(_split(values))
     if keys == ("all",) or (not keys and report is not None):
         return tuple(CONTENDERS)
     return tuple(dict.fromkeys((*(keys or DEFAULT), *(PEERS if peers else ()))))
@@ -577,6 +592,16 @@ def _check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: it is a folder")
     if not path.absolute().parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def _example(files: list[Path], network: zoo.Network, batch: int) -> torch.Tensor:
+    """A batch of the first photo that can be read, in the layout that `predict` uses."""
+    prepared = (images.prepare(path, network.transform) for path in files)
+    x = next((p for p in prepared if isinstance(p, torch.Tensor)), None)
+    if x is None:
+        x = torch.zeros(3, network.size, network.size)
+    n = min(batch, len(files))
+    return x.expand(n, *x.shape).contiguous(memory_format=torch.channels_last)
 
 
 def _predicted(model: str, network: zoo.Network, done: list[Prediction]) -> dict[str, Any]:

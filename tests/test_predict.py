@@ -12,7 +12,8 @@ from PIL import Image
 from torchvision.models import ResNet18_Weights
 from typer.testing import CliRunner
 
-from fused_resnet import images, zoo
+import fused_resnet
+from fused_resnet import cli, images, zoo
 from fused_resnet.cli import app
 from fused_resnet.console import UserError
 from fused_resnet.predict import expand, predict, read_categories
@@ -75,6 +76,28 @@ def test_classes_and_probabilities_are_those_of_float64(checkpoint, tmp_path):
     lines = result.stdout.splitlines()
     assert lines[0] == str(PHOTOS[0])
     assert lines[1].split()[1:] == ["class", str(data["predictions"][0]["classes"][0]["index"])]
+
+
+@pytest.mark.filterwarnings("default:the budget of")
+def test_a_plan_finds_the_same_classes(checkpoint, tmp_path, monkeypatch):
+    model, path = checkpoint
+    planned = []
+
+    def optimize(*args, **kwargs):
+        planned.append(fused_resnet.optimize(*args, **{**kwargs, "budget": 1.0, "cache": False}))
+        return planned[-1]
+
+    monkeypatch.setattr(cli, "optimize", optimize)
+    file = tmp_path / "p.json"
+    arguments = (*PHOTOS, "-m", "resnet18", "--checkpoint", path, "--json", file, "-b", 2)
+    assert _run(*arguments).exit_code == 0
+    assert planned == []  # Not for a few photos, unless asked for.
+    result = _run(*arguments, "--plan")
+    assert result.exit_code == 0, result.output
+    assert len(planned) == 1
+    for photo, found in zip(PHOTOS, json.loads(file.read_text())["predictions"], strict=True):
+        expected = _exact(model, photo).topk(5)
+        assert [c["index"] for c in found["classes"]] == expected.indices.tolist()
 
 
 def test_unreadable_files_are_reported_and_the_rest_is_classified(checkpoint, folder):
