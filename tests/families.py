@@ -372,6 +372,14 @@ def _timm(name: str, counts: str, quick: bool = False, **options: Any) -> Family
     )
 
 
+def _timm_vgg() -> nn.Module:
+    # Without its 7x7 convolution to 4096 channels, which is most of its weights.
+    model = timm.create_model("vgg19_bn")
+    model.pre_logits = nn.Identity()
+    model.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 5))
+    return model
+
+
 TIMM = [
     _timm("resnet18", "20/20 20/20 17/17 8/8 1/1"),
     _timm("resnet50", "53/53 53/53 49/49 16/16 1/1"),
@@ -389,17 +397,17 @@ TIMM = [
     _timm("resnetv2_50", "48/54 32/49 32/49 16/16 0/1"),
     _timm("inception_v4", "149/149 149/149 149/149 0/0 0/4", shape=(2, 3, 96, 96)),
     _timm("inception_resnet_v2", "204/244 204/204 243/243 39/40 2/4", shape=(2, 3, 96, 96)),
-    _timm("vgg19_bn", "", num_features=64, shape=(2, 3, 224, 224)),
+    Family("timm vgg19_bn", _timm_vgg, "16/16 16/16 16/16 0/0 5/5"),
     _timm("densenet121", "59/120 59/121 59/121 0/0 1/1"),
     _timm("cspresnet50", "55/55 55/55 0/51 13/13 0/1"),
     _timm("regnety_002", "57/70 44/44 53/53 13/13 0/0", True),
-    _timm("regnetx_002", ""),
+    _timm("regnetx_002", "44/44 44/44 40/40 13/13 0/0"),
     _timm("efficientnet_b0", "49/81 49/49 0/65 9/9 0/0", True),
-    _timm("mobilenetv3_small_050", ""),
+    _timm("mobilenetv3_small_050", "43/53 34/34 14/33 7/7 0/0"),
     _timm("repvgg_a0", "44/44 44/61 22/22 39/39 0/0"),
     _timm("ese_vovnet19b_dw", "23/41 23/23 23/23 0/0 0/3"),
     _timm("xception41", "84/84 84/84 32/44 12/12 0/0"),
-    _timm("hrnet_w18_small", "89/94 89/94 64/72 23/31 0/0"),
+    _timm("hrnet_w18_small", "89/94 89/94 64/72 23/31 0/0", pairs_left=2),
     _timm("dla34", "37/38 37/37 33/33 12/12 0/6"),
     _timm("convnext_atto", "0/40 0/17 0/12 0/12 0/0"),
 ]
@@ -420,7 +428,7 @@ def _smp(name: str, counts: str, quick: bool = False, encoder: str = "resnet18")
 
 SEGMENTATION = [
     _smp("Unet", "30/31 30/30 27/27 8/8 0/1", True),
-    _smp("Unet", "", encoder="resnet50"),
+    _smp("Unet", "63/64 63/63 59/59 16/16 0/1", encoder="resnet50"),
     _smp("UnetPlusPlus", "42/43 42/42 39/39 8/8 0/1"),
     _smp("FPN", "23/32 20/27 17/24 11/11 0/1", True),
     _smp("DeepLabV3", "27/28 27/27 24/24 8/8 0/1"),
