@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Hashable
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -27,25 +27,24 @@ from .device import arch_of, on_device, precision_of, refusal
 from .launch import bind
 from .layout import channels_last, nearest_tf32, vector
 from .paths import Path, StemPoolPath, Weights, make_path
-from .plans import add_relu_launch, flat_unit
+from .plans import add_relu_launch, flat_unit, stem_excess
 
 #: The max-pool of a ResNet stem, the one that is fused.
 STEM_POOL = MaxPool(kernel=(3, 3), stride=(2, 2), padding=(1, 1))
 
+#: Share of the stem's convolution that may be computed twice for its kernel to be preferred untuned.
+_MOST_EXCESS = 0.3
+
 #: Paths a kernel keeps: compiled code is small, but shapes may vary without end.
 _MAX_PATHS = 4096
-
-
-class _Packed(NamedTuple):
-    w: Weights
-    scale: Tensor
-    shift: Tensor
 
 
 class _TritonConvolution(PackedKernel):
     """What the convolutions share: a bounded cache of paths, packing and the call."""
 
     backend: ClassVar[str] = "triton"
+    # Under torch.compile scale and shift are temporaries, and the weight is none.
+    packs_vectors: ClassVar[bool] = False
 
     def promising(self, problem: ConvProblem, device: torch.device) -> bool:
         """On a GPU; the interpreter is for tests."""
@@ -84,23 +83,24 @@ class _TritonConvolution(PackedKernel):
         """See `PackedKernel`."""
         return super().layout(self._path(problem, device), device)
 
-    def packed(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> _Packed:
+    def packed(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Weights:
         """The packed weights for this problem, from the cache where it is still true."""
         if isinstance(weight, Prepared):
-            return cast(_Packed, weight.value)
+            return cast(Weights, weight.value)
         # Layouts depend on the device too, which only the path knows.
-        packed: _Packed = super().packed(self._path(problem, weight.device), weight, scale, shift)
+        packed: Weights = super().packed(self._path(problem, weight.device), weight, scale, shift)
         return packed
 
     def pack_key(self, problem: Any) -> Hashable:
         """The layout of a path, and how its weights are rounded."""
         return problem.layout, problem.tf32
 
-    def prepare(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> _Packed:
-        """Weights in the layout of a path, scale and shift as aligned fp32 arrays."""
+    def prepare(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> Weights:
+        """Weights in the layout of a path."""
         if problem.tf32:
             weight = nearest_tf32(weight)
-        return _Packed(problem.pack(weight), vector(scale), vector(shift))
+        packed: Weights = problem.pack(weight)
+        return packed
 
     def run(
         self,
@@ -115,16 +115,15 @@ class _TritonConvolution(PackedKernel):
         device = x.device
         path = self._path(problem, device)
         with on_device(device):
-            w, scale, shift = super().packed(path, weight, scale, shift)
+            w = super().packed(path, weight, scale, shift)
             y = torch.empty(
                 problem.out_shape,
                 dtype=x.dtype,
                 device=device,
                 memory_format=torch.channels_last,
             )
-            path.start(
-                x, w, scale, shift, y if residual is None else channels_last(residual), y
-            )  # fmt: skip
+            last = y if residual is None else channels_last(residual)
+            path.start(x, w, vector(scale), vector(shift), last, y)
         return y
 
 
@@ -201,6 +200,18 @@ class TritonStemPool(_TritonConvolution):
         if padded_channels(problem) is None:
             return "only ungrouped, undilated convolutions of up to 8 channels are pooled at once"
         return refusal(problem.dtype, device)
+
+    def promising(self, problem: ConvProblem, device: torch.device) -> bool:
+        """On a GPU, and where less than 30% of the convolution is computed twice.
+
+        Few images make short strips, and each computes the row above it anew: there the CUDA
+        kernel, which keeps whole tiles in shared memory, goes first.
+        """
+        if device.type != "cuda" or self.supports(problem, device) is not None:
+            return False
+        arch = self._arch or arch_of(device)
+        tile = stem_pool_tile(problem.dtype, precision_of(problem.dtype))
+        return stem_excess(problem, tile, arch) < _MOST_EXCESS
 
     def _make(self, problem: ConvProblem, arch: Arch, precision: str, device: torch.device) -> Path:
         tile = stem_pool_tile(problem.dtype, precision)

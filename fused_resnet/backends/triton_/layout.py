@@ -15,17 +15,26 @@ from .device import on_device
 from .launch import bind
 from .plans import Rows, pad_launch
 
+#: Bytes that the widest loads and stores want addresses to be a multiple of.
+_ALIGNMENT = 16
+
 
 def channels_last(tensor: Tensor) -> Tensor:
     """The tensor, dense in channels_last order and 16-byte aligned: itself where it is so."""
     tensor = tensor.contiguous(memory_format=torch.channels_last)
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def vector(tensor: Tensor) -> Tensor:
-    """A per-channel scale or shift as a dense, aligned fp32 array."""
+    """A per-channel scale or shift as a dense, aligned fp32 array; it is one as a rule."""
+    if (
+        tensor.dtype == torch.float32
+        and tensor.is_contiguous()
+        and tensor.data_ptr() % _ALIGNMENT == 0
+    ):
+        return tensor
     tensor = tensor.detach().float().contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def nearest_tf32(weight: Tensor) -> Tensor:

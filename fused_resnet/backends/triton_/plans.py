@@ -250,6 +250,20 @@ def pool_strip(problem: ConvProblem, tile: Tile, arch: Arch) -> int:
     return 2
 
 
+def stem_excess(problem: ConvProblem, tile: Tile, arch: Arch) -> float:
+    """Pixels of the convolution that the fused stem computes beyond those it must, as a share.
+
+    Each program computes block_m columns for block_m / 2 - 1 pooled ones, and the conv row above
+    its strip once more: 22% for 224x224 images and strips of 7 rows, 43% for strips of 2.
+    """
+    oh, ow = problem.conv_size
+    _, _, ph, pw = problem.out_shape
+    strip = pool_strip(problem, tile, arch)
+    rows = 2 * ph + math.ceil(ph / strip)
+    columns = math.ceil(pw / (tile.block_m // 2 - 1)) * tile.block_m
+    return rows * columns / (oh * ow) - 1.0
+
+
 def stem_pool_launch(problem: ConvProblem, tile: Tile, arch: Arch, precision: str) -> Launch:
     """The fused stem: convolution, affine, ReLU and 3x3 max-pool of stride 2."""
     rows = rows_layout(problem, tile.block_k)
