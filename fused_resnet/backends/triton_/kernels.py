@@ -32,7 +32,7 @@ from .plans import add_relu_launch, flat_unit, stem_excess
 #: The max-pool of a ResNet stem, the one that is fused.
 STEM_POOL = MaxPool(kernel=(3, 3), stride=(2, 2), padding=(1, 1))
 
-#: Share of the stem's convolution that may be computed twice for its kernel to be preferred untuned.
+#: Share of the convolution computed twice up to which the fused stem is preferred untuned.
 _MOST_EXCESS = 0.3
 
 #: Paths a kernel keeps: compiled code is small, but shapes may vary without end.
