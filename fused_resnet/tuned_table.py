@@ -426,13 +426,15 @@ def default_path() -> Path | None:
     return Path(platformdirs.user_cache_dir("fused_resnet")) / "tuned.json"
 
 
-_tables: dict[Path | None, TunedTable] = {}
+_tables: dict[Path, TunedTable] = {}
 _tables_lock = threading.Lock()
 
 
 def table() -> TunedTable:
-    """The table at `default_path`, one object for each path."""
+    """The table at `default_path`, one object for each path; where it is off, a new empty one."""
     path = default_path()
+    if path is None:
+        return TunedTable(None)
     with _tables_lock:
         return _tables.setdefault(path, TunedTable(path))
 

@@ -293,7 +293,7 @@ def test_first_call_and_memory_go_into_the_report(monkeypatch):
 
     monkeypatch.setattr(bench, "measure", measure)
     report = bench.bench(replace(TINY, batches=(2,), memory=True))
-    nchw, _, fused = report.results[0].contenders.values()
+    nchw, _, fused, _ = report.results[0].contenders.values()
     assert (nchw.first_call, nchw.peak_memory, nchw.memory_method) == (0.5, 2_000_000, "counted")
     assert fused.first_call is None
     assert "no more memory" in fused.note

@@ -27,7 +27,7 @@ OP = "conv_affine_act"
 FAST = Timing("library/onednn", 1e-4, 1e-7)
 SLOW = Timing("torch/aten", 3e-4, 1e-7)
 ENTRY = Entry(1e-7, (FAST, SLOW), (("library/cudnn_relu", "not on the CPU"),), "max", 5.0)
-PROOF = Proof(("library/onednn",), ((1e-7, 2e-7),), ("a note",), 6.0)
+PROOF = Proof(("library/onednn",), ((1e-7, 2e-7),), ("a note",), seconds=6.0, when=7.0)
 
 
 @pytest.fixture
@@ -95,6 +95,8 @@ def test_the_environment_names_the_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert tuned_table.table() is tuned_table.table()
     monkeypatch.setenv(tuned_table.ENV, "off")
     assert tuned_table.table().path is None
+    tuned_table.table().put(OP, P, CPU, ENTRY)
+    assert tuned_table.table().entry(OP, P, CPU) is None  # nor for this process
     monkeypatch.delenv(tuned_table.ENV)
     default = tuned_table.default_path()
     assert default is not None

@@ -17,7 +17,7 @@ Kernels with_winograd(Isa isa, Kernels kernels) {
 
 #if defined(FUSED_RESNET_X86)
 Kernels with_amx(Kernels kernels) {
-  if (const ConvKernel* amx = amx_conv()) kernels.push_back(amx);
+  if (amx_usable()) kernels.push_back(&amx_conv());
   return kernels;
 }
 #endif

@@ -10,9 +10,8 @@ const ConvKernel& direct_generic();
 const ConvKernel& direct_avx2();
 const ConvKernel& direct_avx512();
 
-// Products of tiles, see amx_conv.h. Null where the CPU has no AMX for bf16, or the system does not
-// let this process use it.
-const ConvKernel* amx_conv();
+// Products of tiles, see amx_conv.h. Only where amx_usable().
+const ConvKernel& amx_conv();
 
 // The same source over emulated tiles: runs everywhere, slowly. For tests alone: conv_kernels()
 // does not list it.

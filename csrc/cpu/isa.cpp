@@ -1,5 +1,10 @@
 #include "cpu/isa.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -128,5 +133,18 @@ std::vector<Isa> available_isas() {
 Isa current_isa() { return level_in_use().load(std::memory_order_relaxed); }
 
 void set_isa(const std::string& name) { level_in_use() = parse_isa(name, "isa"); }
+
+bool amx_usable() {
+#if defined(__linux__) && defined(FUSED_RESNET_X86)
+  // Linux lets a process use the tiles' registers, which make every thread's saved state larger,
+  // once it asks: Documentation/arch/x86/xstate.rst.
+  constexpr int kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
+  static const bool usable = cpu_features().amx_bf16 && cpu_features().avx512_bf16 &&
+                             syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
+  return usable;
+#else
+  return false;
+#endif
+}
 
 }  // namespace fused_resnet::cpu

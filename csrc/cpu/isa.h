@@ -20,14 +20,16 @@ enum class Isa {
 
 struct CpuFeatures {
   Isa highest;
-  // Extensions that single kernels ask for beyond their level. A process must ask Linux for
-  // permission before it uses AMX: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+  // Extensions that single kernels ask for beyond their level.
   bool avx512_bf16;
   bool amx_bf16;
 };
 
 // What both the CPU and the operating system (which saves the registers) support.
 const CpuFeatures& cpu_features();
+
+// Whether kernels may use AMX for bf16: the CPU has it, and the system lets this process.
+bool amx_usable();
 
 const char* isa_name(Isa isa);
 

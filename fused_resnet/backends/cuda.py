@@ -265,7 +265,8 @@ class ImplicitGemm(PackedKernel):
             return "the image is too large for a kernel of so many rows or columns"
         if self.tile is not None and not self.schedules(problem):
             schedule = self.tile.name + (f" split {self.splits}" if self.splits else "")
-            return f"a tile of {schedule} is not offered for this reduction"
+            which = "a gathered" if gathers(p) else "this"
+            return f"a tile of {schedule} is not offered for {which} reduction"
         return None
 
     def schedules(self, problem: ConvProblem) -> tuple[ConvSchedule, ...]:
