@@ -12,8 +12,11 @@ EXAMPLE = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
 
 
 @pytest.mark.filterwarnings("default")
-def test_examples_print_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_print_what_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """In order and in one namespace, as a reader would run them."""
+    monkeypatch.chdir(tmp_path)  # They write files.
     examples = EXAMPLE.findall(README.read_text())
     assert len(examples) >= 3
     names: dict[str, object] = {}
