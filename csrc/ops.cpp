@@ -32,13 +32,9 @@
 namespace py = pybind11;
 
 namespace fused_resnet {
-namespace {
 
-// Elements that are worth a thread, as ATen sets it for element-wise work.
-constexpr int64_t kGrainSize = 32768;
-
-cpu::DType kernel_dtype(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+cpu::DType kernel_dtype(at::ScalarType dtype) {
+  switch (dtype) {
     case at::kFloat:
       return cpu::DType::kFloat32;
     case at::kHalf:
@@ -48,10 +44,14 @@ cpu::DType kernel_dtype(const at::Tensor& tensor) {
     case at::kDouble:
       return cpu::DType::kFloat64;
     default:
-      TORCH_CHECK_TYPE(false, "expected float32, float16, bfloat16 or float64, found ",
-                       tensor.scalar_type());
+      TORCH_CHECK_TYPE(false, "expected float32, float16, bfloat16 or float64, found ", dtype);
   }
 }
+
+namespace {
+
+// Elements that are worth a thread, as ATen sets it for element-wise work.
+constexpr int64_t kGrainSize = 32768;
 
 // Whether two tensors of one shape place every element alike. Strides of extents of 1 say nothing.
 bool same_strides(const at::Tensor& a, const at::Tensor& b) {
@@ -74,7 +74,8 @@ at::Tensor add_relu(const at::Tensor& a, const at::Tensor& b, bool inplace) {
   TORCH_CHECK_VALUE(a.is_non_overlapping_and_dense() && same_strides(a, b),
                     "add_relu: expected dense a and b with the same strides, found sizes ",
                     a.sizes(), " with strides ", a.strides(), " and ", b.strides());
-  const cpu::AddReluKernel kernel = cpu::add_relu_kernel(kernel_dtype(a), cpu::current_isa());
+  const cpu::AddReluKernel kernel =
+      cpu::add_relu_kernel(kernel_dtype(a.scalar_type()), cpu::current_isa());
 
   TORCH_CHECK_VALUE(!inplace || at::get_overlap_status(a, b) != at::MemOverlapStatus::Partial,
                     "add_relu: in place, expected b to be a itself or to share no memory with it, "
@@ -473,7 +474,7 @@ void affine_act_(const at::Tensor& y, const at::Tensor& scale, const at::Tensor&
                       "with it, found a partial overlap");
   }
   const cpu::AffineActKernel kernel =
-      cpu::affine_act_kernel(kernel_dtype(y), epilogue, cpu::current_isa());
+      cpu::affine_act_kernel(kernel_dtype(y.scalar_type()), epilogue, cpu::current_isa());
   if (y.numel() == 0) return;
 
   const int64_t k = y.size(1);

@@ -1,9 +1,15 @@
-// The parts of the extension module that files beside ops.cpp define.
+// What the files of the extension module that see torch share.
 #pragma once
 
+#include <c10/core/ScalarType.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "cpu/dtype.h"
+
 namespace fused_resnet {
+
+// Raises TypeError for what no kernel computes in.
+cpu::DType kernel_dtype(at::ScalarType dtype);
 
 // Convolutions, pools and programs of the CPU (ops_cpu.cpp).
 void bind_cpu(pybind11::module_& m);

@@ -459,21 +459,6 @@ class CpuProgram {
     ids[at] = id;
   }
 
-  static cpu::DType kernel_dtype(at::ScalarType dtype) {
-    switch (dtype) {
-      case at::kFloat:
-        return cpu::DType::kFloat32;
-      case at::kHalf:
-        return cpu::DType::kFloat16;
-      case at::kBFloat16:
-        return cpu::DType::kBFloat16;
-      case at::kDouble:
-        return cpu::DType::kFloat64;
-      default:
-        TORCH_CHECK_TYPE(false, "expected a floating dtype, found ", dtype);
-    }
-  }
-
   const ProgramValue& value(int64_t id) const {
     TORCH_CHECK_VALUE(id >= 0 && id < static_cast<int64_t>(values_.size()), "no value ", id);
     return values_[static_cast<size_t>(id)];

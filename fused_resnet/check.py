@@ -21,14 +21,21 @@ import torch
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.markup import escape
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from fused_resnet import backends
-from fused_resnet import ops as _ops  # noqa: F401  registers torch.ops.fused_resnet
 from fused_resnet.console import plain, table
-from fused_resnet.numerics import Error, error, largest, reference_conv, stock_conv
-from fused_resnet.problem import ConvProblem
+from fused_resnet.numerics import (
+    Error,
+    error,
+    largest,
+    reference_chain,
+    reference_conv,
+    stock_chain,
+    stock_conv,
+)
+from fused_resnet.op_watcher import Operands, OpWatcher
+from fused_resnet.problem import AddReluProblem, ChainProblem, ConvProblem
 
 #: One call's arguments, or several calls'.
 Inputs = Tensor | tuple[Any, ...] | Sequence[Tensor | tuple[Any, ...]]
@@ -359,63 +366,67 @@ class _Op:
     first: Tensor
 
 
-class _Recorder(TorchDispatchMode):
-    """Sees every fused op of a run with its actual arguments; judges it at once if asked to."""
+class _Recorder(OpWatcher):
+    """Keeps what every op did; judges it at once if asked to."""
 
     def __init__(self, model: nn.Module, judge: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.names = {p.data_ptr(): name for name, p in model.named_parameters()}
         self.judge = judge
         self.ops: list[_Op] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace != "fused_resnet":
-            return func(*args, **kwargs)
-        inplace = func is torch.ops.fused_resnet.add_relu_.default
-        operands = [t.clone() if inplace else t for t in args if isinstance(t, Tensor)]
-        with backends.observe() as choices:
-            result = func(*args, **kwargs)
-        if not choices:  # An empty batch: there was nothing to compute.
-            return result
-        value = args[0] if inplace else result
-        name = self._name(choices[-1], operands)
-        row = _check_op(name, choices[-1], operands, value) if self.judge else None
-        self.ops.append(_Op(name, row, operands[0][:1].clone(), value[:1].clone()))
-        return result
+    def saw(self, choice: backends.Choice, operands: Operands, result: Any) -> None:
+        """See `OpWatcher`."""
+        name = self._name(choice, operands)
+        results = (result,) if isinstance(result, Tensor) else result
+        row = _check_op(name, choice, operands, results) if self.judge else None
+        entered = operands[0]
+        assert entered is not None
+        self.ops.append(_Op(name, row, entered[:1].clone(), results[0][:1].clone()))
 
-    def _name(self, choice: backends.Choice, operands: list[Tensor]) -> str:
-        if not isinstance(choice.problem, ConvProblem):
+    def _name(self, choice: backends.Choice, operands: Operands) -> str:
+        if isinstance(choice.problem, AddReluProblem):
             return f"add_relu behind {self.ops[-1].name}" if self.ops else "add_relu"
-        name = self.names.get(operands[1].data_ptr())
+        weight = operands[2 if isinstance(choice.problem, ChainProblem) else 1]
+        assert weight is not None
+        name = self.names.get(weight.data_ptr())
         return choice.kernel.op if name is None else name.removesuffix(".weight")
 
 
 def _check_op(
-    name: str, choice: backends.Choice, operands: list[Tensor], value: Tensor
+    name: str, choice: backends.Choice, operands: Operands, results: tuple[Tensor, ...]
 ) -> LayerCheck:
-    """Judge the result ``value`` of one op by what float64 and stock torch make of its operands."""
+    """Judge the results of one op by what float64 and stock torch make of its operands."""
     problem = choice.problem
+    exact: tuple[Tensor, ...]
+    stocks: list[tuple[Tensor, ...]]
     if isinstance(problem, ConvProblem):
-        x, weight, scale, shift, *residual = operands
-        args = (problem, x, weight, scale, shift, residual[0] if residual else None)
-        exact = reference_conv(*args)
+        x, weight, *rest = operands
+        assert x is not None
+        assert weight is not None
+        vectors: Any = rest if len(rest) == 3 else (*rest, None)
+        exact = (reference_conv(problem, x, weight, *vectors),)
         stocks = [
-            stock_conv(
-                problem,
-                x.contiguous(memory_format=f),
-                weight.contiguous(memory_format=f),
-                *args[3:],
+            (
+                stock_conv(
+                    problem,
+                    x.contiguous(memory_format=f),
+                    weight.contiguous(memory_format=f),
+                    *vectors,
+                ),
             )
             for f in (torch.contiguous_format, torch.channels_last)
         ]
+    elif isinstance(problem, ChainProblem):
+        exact, stocks = reference_chain(problem, *operands), [stock_chain(problem, *operands)]
     else:
         a, b = operands
-        exact, stocks = torch.relu(a.double() + b.double()), [torch.relu(a + b)]
-    found, allowed = error(value, exact), largest(*(error(stock, exact) for stock in stocks))
-    passed, _ = _judge(found, allowed, value.dtype)
+        assert a is not None
+        assert b is not None
+        exact, stocks = (torch.relu(a.double() + b.double()),), [(torch.relu(a + b),)]
+    found = largest(*map(error, results, exact))
+    allowed = largest(*(error(*pair) for s in stocks for pair in zip(s, exact, strict=True)))
+    passed, _ = _judge(found, allowed, results[0].dtype)
     return LayerCheck(name, str(problem), choice.kernel.full_name, found, allowed, passed)
 
 

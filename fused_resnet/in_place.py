@@ -10,41 +10,30 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_resnet import backends
+from fused_resnet.op_watcher import Operands, OpWatcher
 from fused_resnet.planner import Progress, Settings, measure_all
-from fused_resnet.problem import ConvProblem
 from fused_resnet.source import Source
 from fused_resnet.tuned_table import TunedTable
 from fused_resnet.tuning import EFFORTS, Task, is_current
 
+_STEM = "conv_affine_relu_maxpool"
 
-class _Recorder(TorchDispatchMode):
-    """Sees every fused op of a run with its arguments; keeps one task for each problem."""
+
+class _Recorder(OpWatcher):
+    """Keeps one task for each problem."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.tasks: dict[tuple[str, object], Task] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace != "fused_resnet":
-            return func(*args, **kwargs)
-        inplace = func is torch.ops.fused_resnet.add_relu_.default
-        operands = [t.clone() if inplace else t for t in args if isinstance(t, Tensor)]
-        with backends.observe() as choices:
-            result = func(*args, **kwargs)
-        for choice in choices[-1:]:
-            given: list[Tensor | None] = list(operands)
-            if isinstance(choice.problem, ConvProblem) and len(given) == 4:
-                given.append(None)
-            task = Task(choice.kernel.op, choice.problem, choice.device, tuple(given))
-            self.tasks.setdefault((task.op, task.problem), task)
-        return result
+    def saw(self, choice: backends.Choice, operands: Operands, result: Any) -> None:
+        """See `OpWatcher`."""
+        # The stem's op has no residual, kernels take one all the same.
+        given = [*operands, None] if choice.kernel.op == _STEM else operands
+        task = Task(choice.kernel.op, choice.problem, choice.device, tuple(given))
+        self.tasks.setdefault((task.op, task.problem), task)
 
 
 def tune_in_place(

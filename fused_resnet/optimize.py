@@ -12,6 +12,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fused_resnet.chain import ChainedModel
 from fused_resnet.console import err
 from fused_resnet.in_place import tune_in_place
 from fused_resnet.judging import Judge
@@ -82,7 +83,7 @@ def optimize(
             function that is told what is going on and the share that is done.
 
     Raises:
-        TypeError: ``model`` is no module, or of a kind that `fuse` refuses.
+        TypeError: ``model`` is no module, of a kind that `fuse` refuses, or a chained model.
         ValueError: it is in train mode; an argument is none of the above; with ``strict_shapes``,
             the model cannot be specialised.
 
@@ -91,6 +92,11 @@ def optimize(
         >>> logits = plan(images)
         >>> print(plan.explain())
     """
+    if isinstance(model, ChainedModel):
+        raise TypeError(
+            "a chained model is specialised already, and plans do not take chains: give optimize "
+            "the model that it was made from"
+        )
     settings = _settings(mode, tolerance, budget)
     policy = Policy(strict_shapes, dynamic, max_plans, cuda_graph)
     args, kwargs = arguments(example)

@@ -16,7 +16,9 @@ from torchvision.models.resnet import Bottleneck
 import fused_resnet
 from fused_resnet import backends, chain, explain, find_chains, fuse
 from fused_resnet.backends import triton_
+from fused_resnet.backends.torch_ import AtenChain
 from fused_resnet.chain import run_link
+from fused_resnet.problem import ChainProblem
 from tests.helpers import assert_within_rule
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -239,3 +241,31 @@ def test_a_chained_model_can_be_copied() -> None:
     with torch.no_grad():
         for other in (copy.deepcopy(chained), pickle.loads(pickle.dumps(chained))):
             torch.testing.assert_close(other(x), chained(x))
+
+
+# ------------------------------------------------------------------------------- beside other tools
+
+
+def test_check_judges_every_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = randomised(Net()), torch.randn(2, 3, 16, 16)
+    chained = chain(model)
+    report = fused_resnet.check(chained, model, x)
+    assert report.passed
+    assert sum("chain" in row.problem for row in report.layers) == len(chained.chains[0].links)
+
+    right = AtenChain.run
+
+    def wrong(self: AtenChain, problem: ChainProblem, *args: Tensor) -> tuple[Tensor, Tensor]:
+        out, following = right(self, problem, *args)
+        return out, following * 1.001
+
+    monkeypatch.setattr(AtenChain, "run", wrong)
+    report = fused_resnet.check(chained, model, x)
+    assert not report.passed
+    assert any(not row.passed for row in report.layers if "chain" in row.problem)
+
+
+def test_optimize_refuses_a_chained_model() -> None:
+    chained = chain(randomised(Net()))
+    with pytest.raises(TypeError, match="the model that it was made from"):
+        fused_resnet.optimize(chained, torch.randn(1, 3, 16, 16))
