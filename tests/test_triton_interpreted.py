@@ -30,8 +30,9 @@ def run(name, marks):
         text=True,
         check=False,
     )
-    if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED and marks == "not slow":
-        pytest.skip("all its tests are slow")
+    # Deselected ones were collected: a file that the interpreter does not reach has none.
+    if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED and " deselected" in done.stdout:
+        pytest.skip(f"no test of it is {marks!r}")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
