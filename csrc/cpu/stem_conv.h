@@ -86,7 +86,7 @@ class StemRun {
   void operator()(Span rows) {
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const int64_t n = row / pool_.out_h, ph = row % pool_.out_h;
-      if (row == rows.begin || ph == 0) {
+      if (row != next_row_ || ph == 0) {
         image_ = n;
         next_input_ = next_conv_ = INT64_MIN;
       }
@@ -94,6 +94,7 @@ class StemRun {
       const Span conv = {max(first, 0), min(first + pool_.kernel_h, p_.out_h)};
       for (int64_t oh = max(conv.begin, next_conv_); oh < conv.end; ++oh) convolve(oh);
       next_conv_ = conv.end;
+      next_row_ = row + 1;
       pool_row(conv, static_cast<Element*>(a_.y) + row * pool_.out_w * p_.k);
     }
   }
@@ -220,6 +221,7 @@ class StemRun {
   const StemScratch<P> parts_;
   std::byte* const scratch_;
   int64_t image_ = 0;
+  int64_t next_row_ = -1;                   // behind the last row of the output that is done
   int64_t next_input_ = 0, next_conv_ = 0;  // the rows of the image that are not in a ring yet
 };
 
@@ -238,7 +240,9 @@ void stem_run(const ConvProblem& problem, const PoolWindow& pool, const StemArgu
               const Team& team) {
   std::byte* scratch = arguments.scratch + team.rank * StemScratch<P>(problem, pool).bytes;
   StemRun<P> run(problem, pool, arguments, scratch);
-  run(share(int64_t{problem.n} * pool.out_h, team.rank, team.size));
+  // Where a thread goes on with its next unit, it goes on with the rows in its rings.
+  const int64_t rows = int64_t{problem.n} * pool.out_h, units = team.units_of(rows);
+  team.for_each(units, [&](int64_t unit) { run(part_of(rows, unit, units)); });
 }
 
 template <class P>
