@@ -230,15 +230,29 @@ cpu::PoolWindow pool_window(const Window& window, int64_t h, int64_t w) {
           narrow(padding_h), narrow(padding_w), narrow(out_h),    narrow(out_w)};
 }
 
+// The stem of that name, or the quickest where it is empty.
+const cpu::StemFunctions& stem_functions(const std::string& name, const std::string& isa,
+                                         cpu::Element element) {
+  if (name.empty()) return cpu::stem_functions(parse_isa(isa), element);
+  for (const cpu::StemFunctions* stem : cpu::stems(parse_isa(isa), element)) {
+    if (name == stem->name) return *stem;
+  }
+  const cpu::StemFunctions& emulated = cpu::kStemBFloat16AmxEmulated;
+  if (name == emulated.name && element == cpu::Element::kBFloat16) return emulated;
+  TORCH_CHECK_VALUE(false, "no ", isa, " stem of ", dtype_of(element), " is named ", name);
+}
+
 // The stem: convolution, scale, shift, ReLU and max-pooling of x of any strides.
 class CpuStem {
  public:
   CpuStem(const std::string& isa, const Geometry& geometry, const Window& window,
-          at::ScalarType dtype)
+          at::ScalarType dtype, const std::string& name)
       : problem_(conv_problem(geometry, static_cast<int64_t>(Epilogue::kRelu))),
         pool_(pool_window(window, problem_.out_h, problem_.out_w)),
         element_(parse_element(dtype)),
-        functions_(cpu::stem_functions(parse_isa(isa), element_)) {}
+        functions_(stem_functions(name, isa, element_)) {}
+
+  std::string name() const { return functions_.name; }
 
   std::string why_not() const { return cpu::stem_why_not(problem_); }
 
@@ -549,8 +563,8 @@ void bind_cpu(py::module_& m) {
            "The convolution with its epilogue, on as many threads as torch uses.");
 
   const auto make_stem = [](const std::string& isa, const Geometry& geometry, const Window& window,
-                            at::ScalarType dtype) {
-    return std::make_unique<CpuStem>(isa, geometry, window, dtype);
+                            at::ScalarType dtype, const std::string& name) {
+    return std::make_unique<CpuStem>(isa, geometry, window, dtype, name);
   };
   const auto pack_stem = [](const CpuStem& stem, const at::Tensor& weight) {
     return stem.pack(weight);
@@ -558,11 +572,14 @@ void bind_cpu(py::module_& m) {
   const auto run_stem = [](const CpuStem& stem, const at::Tensor& x, const at::Tensor& packed,
                            const at::Tensor& scale,
                            const at::Tensor& shift) { return stem.run(x, packed, scale, shift); };
-  py::class_<CpuStem>(m, "CpuStem",
-                      "maxpool(relu(conv(x) * scale + shift)) for one problem; window is (kernel, "
-                      "stride, padding), each of height and width.")
+  py::class_<CpuStem>(
+      m, "CpuStem",
+      "maxpool(relu(conv(x) * scale + shift)) for one problem; window is (kernel, "
+      "stride, padding), each of height and width; name is that of its convolution, "
+      "the quickest where it is empty.")
       .def(py::init(torch::wrap_pybind_function(make_stem)), py::arg("isa"), py::arg("geometry"),
-           py::arg("window"), py::arg("dtype"))
+           py::arg("window"), py::arg("dtype"), py::arg("name") = "")
+      .def_property_readonly("name", &CpuStem::name, "Of the convolution: direct or amx.")
       .def_property_readonly("why_not", &CpuStem::why_not,
                              "Empty if the stem computes the problem, else why it does not.")
       .def("pack", torch::wrap_pybind_function_no_gil(pack_stem), py::arg("weight"),

@@ -32,7 +32,7 @@ from fused_resnet.backends.cpu_program import (
     reads,
 )
 from fused_resnet.numerics import error, reference_conv, stock_conv
-from fused_resnet.problem import ConvProblem, MaxPool
+from fused_resnet.problem import MaxPool
 from tests.helpers import assert_within_rule, channels_last, conv_problem, draw, short
 
 pytestmark = pytest.mark.skipif(extension is None, reason="no compiled extension")
@@ -228,53 +228,6 @@ def test_conversion_of_any_strides(dtype: torch.dtype, source: torch.dtype) -> N
     for view in (x, channels_last(x), x.transpose(2, 3).contiguous().transpose(2, 3), every_other):
         (result,) = program(view)
         assert torch.equal(result, view.to(dtype))
-
-
-@st.composite
-def stems(draw: st.DrawFn) -> ConvProblem:
-    integer = lambda low, high: draw(st.integers(low, high))  # noqa: E731
-    window, padding = (integer(1, 4), integer(1, 4)), (integer(0, 2), integer(0, 2))
-    pool = MaxPool(
-        window,
-        (integer(1, 3), integer(1, 3)),
-        (min(padding[0], window[0] // 2), min(padding[1], window[1] // 2)),
-    )
-    return conv_problem(
-        integer(0, 2), integer(1, 5), integer(12, 40), integer(12, 40),
-        draw(st.sampled_from([1, 16, 40, 64, 70])), integer(1, 7), integer(1, 7),
-        (integer(1, 2), integer(1, 3)), (integer(0, 3), integer(0, 3)),
-        dtype=draw(st.sampled_from(DTYPES)), pool=pool,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("isa", LEVELS)
-@given(p=stems(), planar=st.booleans(), wide=st.booleans())
-def test_stem(isa: str, p: ConvProblem, planar: bool, wide: bool) -> None:
-    x, weight, scale, shift, _residual = draw(p)
-    x = x.contiguous() if planar else x
-    stem = native_stem(isa, p)
-    result = stem.run(x.float() if wide else x, stem.pack(weight), scale, shift)
-    assert result.shape == p.out_shape
-    expected = reference_conv(p, x, weight, scale, shift, None)
-    with torch.backends.mkldnn.flags(enabled=False):
-        stock = stock_conv(p, x, weight, scale, shift, None)
-    assert_within_rule(result, expected, stock, p.dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
-@pytest.mark.parametrize("isa", LEVELS)
-def test_stem_hands_odd_values_on(isa: str, dtype: torch.dtype) -> None:
-    p = conv_problem(
-        1, 3, 24, 40, 20, 7, None, (2, 2), (3, 3), epilogue="relu", dtype=dtype, pool=POOL
-    )
-    x, weight, _scale, shift, _residual = draw(p)
-    for column, value in ((5, float("nan")), (20, float("inf")), (35, float("-inf"))):
-        x[0, 1, 12, column] = value
-    stem = native_stem(isa, p)
-    result = stem.run(x, stem.pack(weight), torch.ones(p.k), shift)
-    expected = reference_conv(p, x, weight, torch.ones(p.k), shift, None)
-    assert torch.equal(result.isnan(), expected.isnan())
-    assert torch.equal(result.isinf(), expected.isinf())
 
 
 @pytest.mark.parametrize("isa", LEVELS)

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cpu/amx_multiply.h"
 #include "cpu/amx_pack.h"
 #include "cpu/amx_plan.h"
 #include "cpu/amx_tile.h"
@@ -24,59 +25,6 @@
 
 namespace fused_resnet::cpu {
 namespace {
-
-// Activations of a step: taps inside, chunks outside, so that the taps of a window find in the L1
-// cache what their neighbours read.
-struct Steps {
-  const int64_t* tap_offsets;
-  int taps, chunks;
-  int64_t chunk_bytes;
-  int64_t pixel_bytes;
-};
-
-// Sums of kM tiles of pixels, at a[0] and a[1], by kN tiles of channels; two such tiles stand in b
-// for every step. Tiles 2 m + n hold sums, 4 + m activations, 6 + n weights.
-template <int kM, int kN, class Tiles>
-inline void multiply(Tiles& tiles, const Steps& steps, const std::byte* const a[2],
-                     const std::byte* b) {
-  tiles.template zero<0>();
-  if constexpr (kN > 1) tiles.template zero<1>();
-  if constexpr (kM > 1) tiles.template zero<2>();
-  if constexpr (kM > 1 && kN > 1) tiles.template zero<3>();
-  const std::byte* a0 = a[0];
-  const std::byte* a1 = a[1];
-  for (int chunk = 0; chunk < steps.chunks; ++chunk) {
-    for (int tap = 0; tap < steps.taps; ++tap) {
-      const int64_t offset = steps.tap_offsets[tap];
-      tiles.template load<4>(a0 + offset, steps.pixel_bytes);
-      tiles.template load<6>(b, kCellBytes);
-      tiles.template multiply_add<0, 4, 6>();
-      if constexpr (kN > 1) {
-        tiles.template load<7>(b + kTileBytes, kCellBytes);
-        tiles.template multiply_add<1, 4, 7>();
-      }
-      if constexpr (kM > 1) {
-        tiles.template load<5>(a1 + offset, steps.pixel_bytes);
-        tiles.template multiply_add<2, 5, 6>();
-        if constexpr (kN > 1) tiles.template multiply_add<3, 5, 7>();
-      }
-      b += 2 * kTileBytes;
-    }
-    a0 += steps.chunk_bytes;
-    a1 += steps.chunk_bytes;
-  }
-}
-
-// Sums [2 * 16 pixels][32 channels] to memory.
-template <int kM, int kN, class Tiles>
-inline void store_sums(Tiles& tiles, float* sums) {
-  constexpr int64_t kRowBytes = kPanelChannels * sizeof(float);
-  float* second = sums + kMaxTileRows * kPanelChannels;
-  tiles.template store<0>(sums, kRowBytes);
-  if constexpr (kN > 1) tiles.template store<1>(sums + kTileChannels, kRowBytes);
-  if constexpr (kM > 1) tiles.template store<2>(second, kRowBytes);
-  if constexpr (kM > 1 && kN > 1) tiles.template store<3>(second + kTileChannels, kRowBytes);
-}
 
 // One thread's part of a convolution.
 template <class Tiles, class Functor>
@@ -111,7 +59,6 @@ class AmxRun {
   }
 
  private:
-  static constexpr int64_t kSumBytes = 4 * kTileBytes;
   static constexpr int64_t kStreamedBytes = 2 * AmxPlan::kL2Bytes;
 
   static int64_t tap_bytes(const AmxPlan& plan) {
@@ -164,27 +111,22 @@ class AmxRun {
       const typename Tiles::Channels channels(arguments_.scale + k, arguments_.shift + k, count,
                                               streams_);
       for (int tile = 0; tile < tiles; tile += 2) {
-        const bool pair = tile + 1 < tiles;
-        if (count > kTileChannels) {
-          pair ? compute<2, 2>(channels, panel, k, tile) : compute<1, 2>(channels, panel, k, tile);
-        } else {
-          pair ? compute<2, 1>(channels, panel, k, tile) : compute<1, 1>(channels, panel, k, tile);
-        }
+        compute(channels, panel, k, tile, std::min(tiles - tile, 2));
       }
     }
   }
 
-  template <int kM, int kN>
-  void compute(const typename Tiles::Channels& channels, int panel, int k, int tile) {
+  // `count` tiles, one or two, from number `tile` on.
+  void compute(const typename Tiles::Channels& channels, int panel, int k, int tile, int count) {
     const int group = panel / plan_.weights.panels;
-    const Tile pair[2] = {locate(group, tile), locate(group, tile + kM - 1)};
+    const Tile pair[2] = {locate(group, tile), locate(group, tile + count - 1)};
     const std::byte* a[2] = {pair[0].a, pair[1].a};
     const auto* weight = static_cast<const std::byte*>(arguments_.weight);
     const Steps steps{tap_offsets_, plan_.weights.taps, plan_.weights.chunks, plan_.chunk_bytes,
                       plan_.pixel_bytes};
-    multiply<kM, kN>(tiles_, steps, a, weight + panel * plan_.weights.panel_bytes());
-    store_sums<kM, kN>(tiles_, sums_);
-    for (int m = 0; m < kM; ++m) {
+    sum_products(tiles_, steps, a, count, weight + panel * plan_.weights.panel_bytes(),
+                 channels.count, sums_);
+    for (int m = 0; m < count; ++m) {
       finish_tile(channels, pair[m], sums_ + m * kMaxTileRows * kPanelChannels, k);
     }
   }
@@ -264,7 +206,11 @@ class AmxConvBase : public ConvKernel {
   }
 
   void pack(const ConvProblem& problem, Element, const void* weight, void* packed) const override {
-    pack_weights(problem, static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(packed));
+    const auto* w = static_cast<const uint16_t*>(weight);
+    const int64_t c = problem.c / problem.groups, taps = int64_t{problem.r} * problem.s;
+    pack_weights(
+        problem, static_cast<uint16_t*>(packed),
+        [=](int64_t k, int64_t channel, int64_t tap) { return w[(k * c + channel) * taps + tap]; });
   }
 
   size_t scratch_bytes(const ConvProblem& problem, Element, int threads) const override {

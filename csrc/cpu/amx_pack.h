@@ -10,8 +10,10 @@
 namespace fused_resnet::cpu {
 namespace {
 
-// Weight [K, C / groups, R, S] to WeightLayout.
-inline void pack_weights(const ConvProblem& p, const uint16_t* weight, uint16_t* packed) {
+// Weights to WeightLayout. fetch(k, c, tap) gives the weight of output channel k for input channel
+// c of its group.
+template <class Fetch>
+void pack_weights(const ConvProblem& p, uint16_t* packed, Fetch fetch) {
   const WeightLayout layout(p);
   // The weight that factor `factor` of a tap meets in output channel `k` of `group`.
   const auto value = [&](int group, int k, int tap, int factor) -> uint16_t {
@@ -19,8 +21,7 @@ inline void pack_weights(const ConvProblem& p, const uint16_t* weight, uint16_t*
     const int r = layout.folded ? tap : tap / p.s;
     const int s = layout.folded ? factor / layout.c : tap % p.s;
     if (k >= layout.k || c >= layout.c || s >= p.s) return 0;
-    const int64_t row = int64_t{group} * layout.k + k;
-    return weight[((row * layout.c + c) * p.r + r) * p.s + s];
+    return fetch(int64_t{group} * layout.k + k, c, r * p.s + s);
   };
   for (int group = 0; group < layout.groups; ++group) {
     for (int k0 = 0; k0 < layout.panels * kPanelChannels; k0 += kPanelChannels) {

@@ -9,6 +9,7 @@
 //   store<tile>(p, stride)
 //   multiply_add<c, a, b>()  c[m][n] += sum_i a[m][2i] * b[i][2n] + a[m][2i + 1] * b[i][2n + 1]
 //                            with c fp32 [t][16], a bf16 [t][32], b bf16 [16][32]
+//   kName                    "amx", "amx_emulated"
 //   copy_cell(to, from, n)   n <= 32 bf16 numbers and zeros up to 32
 //   prefetch_to_l2(p), fence()
 //   Channels, finish_row     the epilogue of up to 32 neighbouring channels of one pixel
@@ -46,6 +47,8 @@ constexpr int kWeightTilesBegin = 6;  // tiles from here on hold weights: 16 row
 
 class AmxTiles {
  public:
+  static constexpr const char* kName = "amx";
+
   explicit AmxTiles(int rows) {
     Config config;
     for (int tile = 0; tile < 8; ++tile) {
@@ -160,6 +163,8 @@ class AmxTiles {
 
 class EmulatedTiles {
  public:
+  static constexpr const char* kName = "amx_emulated";
+
   explicit EmulatedTiles(int rows) : rows_(rows) {}
 
   template <int kTile>

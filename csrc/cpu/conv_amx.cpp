@@ -6,7 +6,7 @@ namespace {
 
 class AmxConv : public AmxConvBase<AmxTiles> {
  public:
-  std::string name() const override { return "amx"; }
+  std::string name() const override { return AmxTiles::kName; }
 
   std::string why_not(const ConvProblem& problem, Element element) const override {
     return why_not_here(problem, element);

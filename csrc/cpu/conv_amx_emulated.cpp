@@ -6,7 +6,7 @@ namespace {
 
 class EmulatedAmxConv : public AmxConvBase<EmulatedTiles> {
  public:
-  std::string name() const override { return "amx_emulated"; }
+  std::string name() const override { return EmulatedTiles::kName; }
 
   std::string why_not(const ConvProblem& problem, Element element) const override {
     return why_not_here(problem, element);

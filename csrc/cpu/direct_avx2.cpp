@@ -1,7 +1,7 @@
 // Direct convolution in AVX2 and FMA; bf16 is widened to fp32.
 
 #include "cpu/direct_conv.h"
-#include "cpu/stem_conv.h"
+#include "cpu/stem_direct.h"
 #include "cpu/vec_avx2.h"
 
 namespace fused_resnet::cpu {
@@ -53,7 +53,7 @@ struct DirectBFloat16 : DirectPolicy<BFloat16> {
 const DirectFunctions kDirectFloat32Avx2 = kDirectFunctions<avx2::DirectFloat32>;
 const DirectFunctions kDirectBFloat16Avx2 = kDirectFunctions<avx2::DirectBFloat16>;
 
-const StemFunctions kStemFloat32Avx2 = kStemFunctions<avx2::DirectFloat32>;
-const StemFunctions kStemBFloat16Avx2 = kStemFunctions<avx2::DirectBFloat16>;
+const StemFunctions kStemFloat32Avx2 = kStemFunctions<DirectRows<avx2::DirectFloat32>>;
+const StemFunctions kStemBFloat16Avx2 = kStemFunctions<DirectRows<avx2::DirectBFloat16>>;
 
 }  // namespace fused_resnet::cpu

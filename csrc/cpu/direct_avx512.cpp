@@ -3,7 +3,7 @@
 #include "cpu/direct_avx512.h"
 
 #include "cpu/direct_conv.h"
-#include "cpu/stem_conv.h"
+#include "cpu/stem_direct.h"
 
 namespace fused_resnet::cpu {
 namespace avx512 {
@@ -33,7 +33,7 @@ struct DirectBFloat16 : DirectPolicy<BFloat16> {
 const DirectFunctions kDirectFloat32Avx512 = kDirectFunctions<avx512::DirectFloat32>;
 const DirectFunctions kDirectBFloat16Avx512 = kDirectFunctions<avx512::DirectBFloat16>;
 
-const StemFunctions kStemFloat32Avx512 = kStemFunctions<avx512::DirectFloat32>;
-const StemFunctions kStemBFloat16Avx512 = kStemFunctions<avx512::DirectBFloat16>;
+const StemFunctions kStemFloat32Avx512 = kStemFunctions<DirectRows<avx512::DirectFloat32>>;
+const StemFunctions kStemBFloat16Avx512 = kStemFunctions<DirectRows<avx512::DirectBFloat16>>;
 
 }  // namespace fused_resnet::cpu

@@ -2,7 +2,7 @@
 
 #include "cpu/direct_avx512.h"
 #include "cpu/direct_conv.h"
-#include "cpu/stem_conv.h"
+#include "cpu/stem_direct.h"
 
 namespace fused_resnet::cpu {
 namespace avx512 {
@@ -30,6 +30,6 @@ struct DirectBFloat16Dot : DirectPolicy<BFloat16> {
 
 const DirectFunctions kDirectBFloat16Avx512Dot = kDirectFunctions<avx512::DirectBFloat16Dot>;
 
-const StemFunctions kStemBFloat16Avx512Dot = kStemFunctions<avx512::DirectBFloat16Dot>;
+const StemFunctions kStemBFloat16Avx512Dot = kStemFunctions<DirectRows<avx512::DirectBFloat16Dot>>;
 
 }  // namespace fused_resnet::cpu

@@ -6,42 +6,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "cpu/direct.h"
 #include "cpu/direct_tile.h"
+#include "cpu/span.h"
 #include "cpu/vec_generic.h"
 
 namespace fused_resnet::cpu {
 namespace {
-
-// Between the elements of tensors and packed weights: float, and uint16_t for bf16.
-template <class To, class From>
-To convert(From value) {
-  if constexpr (std::is_same_v<To, From>) {
-    return value;
-  } else if constexpr (std::is_same_v<To, float>) {
-    return generic::bfloat16_to_float(value);
-  } else {
-    return generic::float_to_bfloat16(value);
-  }
-}
-
-constexpr int64_t kCacheLine = 64;
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-constexpr int64_t align_line(int64_t bytes) { return divide_up(bytes, kCacheLine) * kCacheLine; }
-
-struct Span {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-// One of `parts` equal parts of 0 .. total.
-constexpr Span part_of(int64_t total, int64_t part, int64_t parts) {
-  return {total * part / parts, total * (part + 1) / parts};
-}
 
 // Output channels that are computed together, of one group or, where groups are narrower than a
 // vector, of several.

@@ -2,7 +2,7 @@
 // architecture has (SSE2, NEON); bf16 is widened to fp32.
 
 #include "cpu/direct_conv.h"
-#include "cpu/stem_conv.h"
+#include "cpu/stem_direct.h"
 #include "cpu/vec_generic.h"
 
 namespace fused_resnet::cpu {
@@ -68,7 +68,9 @@ struct Direct {
 const DirectFunctions kDirectFloat32Generic = kDirectFunctions<generic::Direct<generic::Float32>>;
 const DirectFunctions kDirectBFloat16Generic = kDirectFunctions<generic::Direct<generic::BFloat16>>;
 
-const StemFunctions kStemFloat32Generic = kStemFunctions<generic::Direct<generic::Float32>>;
-const StemFunctions kStemBFloat16Generic = kStemFunctions<generic::Direct<generic::BFloat16>>;
+const StemFunctions kStemFloat32Generic =
+    kStemFunctions<DirectRows<generic::Direct<generic::Float32>>>;
+const StemFunctions kStemBFloat16Generic =
+    kStemFunctions<DirectRows<generic::Direct<generic::BFloat16>>>;
 
 }  // namespace fused_resnet::cpu

@@ -1,6 +1,21 @@
 #include "cpu/stem.h"
 
+#include <vector>
+
 namespace fused_resnet::cpu {
+
+namespace {
+
+using Stems = std::vector<const StemFunctions*>;
+
+#if defined(FUSED_RESNET_X86)
+Stems with_amx(const StemFunctions* direct) {
+  if (!amx_usable()) return {direct};
+  return {direct, &kStemBFloat16Amx};
+}
+#endif
+
+}  // namespace
 
 std::string stem_why_not(const ConvProblem& problem) {
   if (problem.groups != 1) return "a stem has no groups";
@@ -9,17 +24,27 @@ std::string stem_why_not(const ConvProblem& problem) {
   return {};
 }
 
-const StemFunctions& stem_functions(Isa isa, Element element) {
+std::span<const StemFunctions* const> stems(Isa isa, Element element) {
   const bool float32 = element == Element::kFloat32;
 #if defined(FUSED_RESNET_X86)
   if (isa == Isa::kAvx512) {
-    if (float32) return kStemFloat32Avx512;
-    return cpu_features().avx512_bf16 ? kStemBFloat16Avx512Dot : kStemBFloat16Avx512;
+    static const Stems wide = {&kStemFloat32Avx512};
+    static const Stems narrow =
+        with_amx(cpu_features().avx512_bf16 ? &kStemBFloat16Avx512Dot : &kStemBFloat16Avx512);
+    return float32 ? wide : narrow;
   }
-  if (isa == Isa::kAvx2) return float32 ? kStemFloat32Avx2 : kStemBFloat16Avx2;
+  if (isa == Isa::kAvx2) {
+    static const Stems wide = {&kStemFloat32Avx2}, narrow = {&kStemBFloat16Avx2};
+    return float32 ? wide : narrow;
+  }
 #endif
   static_cast<void>(isa);
-  return float32 ? kStemFloat32Generic : kStemBFloat16Generic;
+  static const Stems wide = {&kStemFloat32Generic}, narrow = {&kStemBFloat16Generic};
+  return float32 ? wide : narrow;
+}
+
+const StemFunctions& stem_functions(Isa isa, Element element) {
+  return *stems(isa, element).back();
 }
 
 }  // namespace fused_resnet::cpu

@@ -1,4 +1,14 @@
-// The loops of the stem (stem.h) around the tiles of the direct convolution, for any policy `P`.
+// The loops of the stem (stem.h) around its convolution, for any policy `Rows`: what is kept of R
+// rows of the input, and how a row of the convolution is made of them.
+//   Rows::kName              as StemFunctions has it
+//   Rows::Element            of weights, rows and outputs
+//   Rows::packed_bytes, Rows::pack
+//   Rows::scratch_bytes(p)   of what is kept, on a 64-byte boundary
+//   Rows(p, arguments, scratch)
+//   put(number, fill)        keeps row `number` of R in the place of the one before; fill(row)
+//   writes
+//                            it with its padding, [padded_width][C]
+//   convolve(first, y)       the row, [OW][K] with its ReLU, whose window begins in row `first`
 //
 // Like vec_loop.h, everything here has internal linkage.
 #pragma once
@@ -7,13 +17,15 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/direct_conv.h"
+#include "cpu/span.h"
 #include "cpu/stem.h"
+#include "cpu/vec_generic.h"
+#include "cpu/vec_loop.h"
 
 namespace fused_resnet::cpu {
 namespace {
 
-// The stem's convolution as the tiles see it: a row of taps is one tap of S * C channels.
+// The stem's convolution as kernels see it: a row of taps is one tap of S * C channels.
 inline ConvProblem stem_rows(const ConvProblem& p) {
   ConvProblem rows = p;
   rows.c = p.s * p.c;
@@ -21,36 +33,35 @@ inline ConvProblem stem_rows(const ConvProblem& p) {
   return rows;
 }
 
-template <class P>
-void stem_pack(const ConvProblem& p, const void* weight, void* packed) {
-  // w[k][s * C + c][r] of the weights [K, C, R, S].
-  const auto* w = static_cast<const typename P::Element*>(weight);
-  pack_weights<P>(stem_rows(p), packed, [=](int64_t k, int64_t sc, int64_t r) {
+// A row of the input with its padding, in pixels: from the leftmost tap of the first output pixel
+// to the rightmost of the last.
+inline int64_t padded_width(const ConvProblem& p) {
+  return int64_t{p.out_w - 1} * p.stride_w + p.s;
+}
+
+// w[k][s * C + c][r] of the weights [K, C, R, S].
+template <class Element>
+auto stem_weights(const ConvProblem& p, const void* weight) {
+  const auto* w = static_cast<const Element*>(weight);
+  return [=](int64_t k, int64_t sc, int64_t r) {
     const int64_t s = sc / p.c, c = sc % p.c;
     return w[((k * p.c + c) * p.r + r) * p.s + s];
-  });
+  };
 }
 
 // Parts of a thread's scratch, in bytes from its beginning.
-template <class P>
+template <class Rows>
 struct StemScratch {
-  using Element = typename P::Element;
-
   StemScratch(const ConvProblem& p, const PoolWindow& pool) {
-    constexpr int64_t kElement = sizeof(Element);
-    // From the leftmost tap of the first output pixel to the rightmost of the last.
-    width = int64_t{p.out_w - 1} * p.stride_w + p.s;
-    input_row = align_line(width * p.c * kElement);
+    constexpr int64_t kElement = sizeof(typename Rows::Element);
     conv_row = align_line(int64_t{p.out_w} * p.k * kElement);
-    conv = p.r * input_row;
+    conv = align_line(Rows::scratch_bytes(p));
     column_max = conv + pool.kernel_h * conv_row;
-    table = column_max + conv_row;
-    bytes = table + align_line(int64_t{2} * p.r * p.out_w * sizeof(void*));
+    bytes = column_max + conv_row;
   }
 
-  int64_t width;                           // pixels of a padded row of the input
-  int64_t input_row, conv_row;             // bytes
-  int64_t conv, column_max, table, bytes;  // behind a ring of rows of the input
+  int64_t conv_row;                 // bytes of a row of the convolution
+  int64_t conv, column_max, bytes;  // behind the ring of rows of the input
 };
 
 // Integers that may be read where floats were written.
@@ -65,28 +76,19 @@ struct BitsOf<2> {
   typedef int16_t Type __attribute__((may_alias));
 };
 
-template <class P>
+template <class Rows>
 class StemRun {
  public:
-  using Element = typename P::Element;
+  using Element = typename Rows::Element;
 
   StemRun(const ConvProblem& problem, const PoolWindow& pool, const StemArguments& arguments,
           std::byte* scratch)
       : p_(problem),
         pool_(pool),
         a_(arguments),
-        layout_(stem_rows(problem)),
         parts_(problem, pool),
-        scratch_(scratch) {
-    // Where output pixel ow reads the rows of the ring, as table[row][ow], and all of them once
-    // more: any R rows in sequence are a window.
-    auto** table = at<const Element*>(parts_.table);
-    for (int64_t row = 0; row < 2 * p_.r; ++row) {
-      for (int64_t ow = 0; ow < p_.out_w; ++ow) {
-        *table++ = input_row(row % p_.r) + ow * p_.stride_w * p_.c;
-      }
-    }
-  }
+        scratch_(scratch),
+        rows_(problem, arguments, scratch) {}
 
   // Rows of the pooled images, counted through the batch.
   void operator()(Span rows) {
@@ -120,24 +122,21 @@ class StemRun {
     return reinterpret_cast<T*>(scratch_ + offset);
   }
 
-  // Of the ring, where row h of the image is number (h + padding) % R.
-  Element* input_row(int64_t number) { return at<Element>(number * parts_.input_row); }
-
   Element* conv_row(int64_t oh) {
     return at<Element>(parts_.conv + oh % pool_.kernel_h * parts_.conv_row);
   }
 
   // Row h of the image, padded: [width][C]; zeros above and below the image.
   template <class T>
-  void copy_input_row(int64_t h) {
-    Element* row = input_row((h + p_.padding_h) % p_.r);
+  void copy_input_row(int64_t h, Element* row) const {
+    const int64_t width = padded_width(p_);
     if (h < 0 || h >= p_.h) {
-      std::memset(row, 0, static_cast<size_t>(parts_.width * p_.c) * sizeof(Element));
+      std::memset(row, 0, static_cast<size_t>(width * p_.c) * sizeof(Element));
       return;
     }
     const T* source = static_cast<const T*>(a_.x) + image_ * a_.x_stride_n + h * a_.x_stride_h;
-    const int64_t left = min(p_.padding_w, parts_.width);
-    const int64_t inside = min(p_.w, parts_.width - left);
+    const int64_t left = min(p_.padding_w, width);
+    const int64_t inside = min(p_.w, width - left);
     std::memset(row, 0, static_cast<size_t>(left * p_.c) * sizeof(Element));
     Element* out = row + left * p_.c;
     if (a_.x_stride_c == 1 && a_.x_stride_w == p_.c) {
@@ -158,7 +157,7 @@ class StemRun {
         }
       }
     }
-    const int64_t right = parts_.width - left - inside;
+    const int64_t right = width - left - inside;
     std::memset(out + inside * p_.c, 0, static_cast<size_t>(right * p_.c) * sizeof(Element));
   }
 
@@ -166,39 +165,13 @@ class StemRun {
   void convolve(int64_t oh) {
     const int64_t h0 = oh * p_.stride_h - p_.padding_h;
     for (int64_t h = max(h0, next_input_); h < h0 + p_.r; ++h) {
-      if (a_.x_element == cpu::Element::kFloat32) {
-        copy_input_row<float>(h);
-      } else {
-        copy_input_row<uint16_t>(h);
-      }
+      rows_.put((h + p_.padding_h) % p_.r, [&](Element* row) {
+        a_.x_element == cpu::Element::kFloat32 ? copy_input_row<float>(h, row)
+                                               : copy_input_row<uint16_t>(h, row);
+      });
     }
     next_input_ = h0 + p_.r;
-
-    const Element* const* table =
-        at<const Element*>(parts_.table) + oh * p_.stride_h % p_.r * p_.out_w;
-    TileTask<P> task = {};
-    task.row_stride = p_.out_w;
-    task.taps = p_.r;
-    task.channels = int64_t{p_.s} * p_.c;
-    task.first = task.last = true;
-    task.y_stride = p_.k;
-    task.relu_before_add = true;
-    for (int64_t index = 0; index < layout_.panels(); ++index) {
-      const Panel panel = layout_.panel(index);
-      const auto* weight = static_cast<const std::byte*>(a_.weight) + panel.weight;
-      task.weight = reinterpret_cast<const typename P::Weight*>(weight);
-      task.prefetch = reinterpret_cast<const char*>(weight);
-      task.scale = a_.scale + panel.k;
-      task.shift = a_.shift + panel.k;
-      task.k = panel.channels;
-      const int64_t tiles = divide_up(p_.out_w, P::rows(panel.vectors));
-      for (int64_t i = 0; i < tiles; ++i) {
-        const Span pixels = {p_.out_w * i / tiles, p_.out_w * (i + 1) / tiles};
-        task.rows = table + pixels.begin;
-        task.y = conv_row(oh) + pixels.begin * p_.k + panel.k;
-        select_tile<P>(pixels.size(), panel.vectors)(task);
-      }
-    }
+    rows_.convolve(oh * p_.stride_h % p_.r, conv_row(oh));
   }
 
   // out[i] = the largest of in(0)[i] .. in(count - 1)[i]; one pass where there are up to three.
@@ -233,40 +206,32 @@ class StemRun {
   const ConvProblem& p_;
   const PoolWindow& pool_;
   const StemArguments& a_;
-  const Layout<P> layout_;
-  const StemScratch<P> parts_;
+  const StemScratch<Rows> parts_;
   std::byte* const scratch_;
+  Rows rows_;
   int64_t image_ = 0;
   int64_t next_row_ = -1;                   // behind the last row of the output that is done
   int64_t next_input_ = 0, next_conv_ = 0;  // the rows of the image that are not in a ring yet
 };
 
-template <class P>
-size_t stem_packed_bytes(const ConvProblem& problem) {
-  return static_cast<size_t>(Layout<P>(stem_rows(problem)).bytes());
-}
-
-template <class P>
+template <class Rows>
 size_t stem_scratch_bytes(const ConvProblem& problem, const PoolWindow& pool, int threads) {
-  return static_cast<size_t>(threads * StemScratch<P>(problem, pool).bytes);
+  return static_cast<size_t>(threads * StemScratch<Rows>(problem, pool).bytes);
 }
 
-template <class P>
+template <class Rows>
 void stem_run(const ConvProblem& problem, const PoolWindow& pool, const StemArguments& arguments,
               const Team& team) {
-  std::byte* scratch = arguments.scratch + team.rank * StemScratch<P>(problem, pool).bytes;
-  StemRun<P> run(problem, pool, arguments, scratch);
+  std::byte* scratch = arguments.scratch + team.rank * StemScratch<Rows>(problem, pool).bytes;
+  StemRun<Rows> run(problem, pool, arguments, scratch);
   // Where a thread goes on with its next unit, it goes on with the rows in its rings.
   const int64_t rows = int64_t{problem.n} * pool.out_h, units = team.units_of(rows);
   team.for_each(units, [&](int64_t unit) { run(part_of(rows, unit, units)); });
 }
 
-template <class P>
+template <class Rows>
 constexpr StemFunctions kStemFunctions = {
-    stem_packed_bytes<P>,
-    stem_pack<P>,
-    stem_scratch_bytes<P>,
-    stem_run<P>,
+    Rows::kName, Rows::packed_bytes, Rows::pack, stem_scratch_bytes<Rows>, stem_run<Rows>,
 };
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace fused_resnet::cpu {
 namespace generic {
@@ -105,4 +106,20 @@ struct BFloat16 : Math<float> {
 
 }  // namespace
 }  // namespace generic
+
+namespace {
+
+// Between the elements of tensors and packed weights: float, and uint16_t for bf16.
+template <class To, class From>
+To convert(From value) {
+  if constexpr (std::is_same_v<To, From>) {
+    return value;
+  } else if constexpr (std::is_same_v<To, float>) {
+    return generic::bfloat16_to_float(value);
+  } else {
+    return generic::float_to_bfloat16(value);
+  }
+}
+
+}  // namespace
 }  // namespace fused_resnet::cpu

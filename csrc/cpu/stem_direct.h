@@ -1,0 +1,98 @@
+// The stem's convolution on the tiles of the direct one (direct_tile.h), for any policy `P`: rows
+// of the input as they are, [padded_width][C].
+//
+// Like vec_loop.h, everything here has internal linkage.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/direct_conv.h"
+#include "cpu/stem_conv.h"
+
+namespace fused_resnet::cpu {
+namespace {
+
+// See stem_conv.h.
+template <class P>
+class DirectRows {
+ public:
+  static constexpr const char* kName = "direct";
+
+  using Element = typename P::Element;
+
+  static size_t packed_bytes(const ConvProblem& p) {
+    return static_cast<size_t>(Layout<P>(stem_rows(p)).bytes());
+  }
+
+  static void pack(const ConvProblem& p, const void* weight, void* packed) {
+    pack_weights<P>(stem_rows(p), packed, stem_weights<Element>(p, weight));
+  }
+
+  static int64_t scratch_bytes(const ConvProblem& p) {
+    return p.r * row_bytes(p) + int64_t{2} * p.r * p.out_w * sizeof(void*);
+  }
+
+  DirectRows(const ConvProblem& problem, const StemArguments& arguments, std::byte* scratch)
+      : p_(problem), a_(arguments), layout_(stem_rows(problem)), ring_(scratch) {
+    // Where output pixel ow reads the rows of the ring, as table[row][ow], and all of them once
+    // more: any R rows in sequence are a window.
+    auto** table = reinterpret_cast<const Element**>(scratch + p_.r * row_bytes(p_));
+    table_ = table;
+    for (int64_t number = 0; number < 2 * p_.r; ++number) {
+      for (int64_t ow = 0; ow < p_.out_w; ++ow) {
+        *table++ = row(number % p_.r) + ow * p_.stride_w * p_.c;
+      }
+    }
+  }
+
+  template <class Fill>
+  void put(int64_t number, Fill fill) {
+    fill(row(number));
+  }
+
+  void convolve(int64_t first, Element* y) {
+    const Element* const* table = table_ + first * p_.out_w;
+    TileTask<P> task = {};
+    task.row_stride = p_.out_w;
+    task.taps = p_.r;
+    task.channels = int64_t{p_.s} * p_.c;
+    task.first = task.last = true;
+    task.y_stride = p_.k;
+    task.relu_before_add = true;
+    for (int64_t index = 0; index < layout_.panels(); ++index) {
+      const Panel panel = layout_.panel(index);
+      const auto* weight = static_cast<const std::byte*>(a_.weight) + panel.weight;
+      task.weight = reinterpret_cast<const typename P::Weight*>(weight);
+      task.prefetch = reinterpret_cast<const char*>(weight);
+      task.scale = a_.scale + panel.k;
+      task.shift = a_.shift + panel.k;
+      task.k = panel.channels;
+      const int64_t tiles = divide_up(p_.out_w, P::rows(panel.vectors));
+      for (int64_t i = 0; i < tiles; ++i) {
+        const Span pixels = part_of(p_.out_w, i, tiles);
+        task.rows = table + pixels.begin;
+        task.y = y + pixels.begin * p_.k + panel.k;
+        select_tile<P>(pixels.size(), panel.vectors)(task);
+      }
+    }
+  }
+
+ private:
+  static int64_t row_bytes(const ConvProblem& p) {
+    return align_line(padded_width(p) * p.c * static_cast<int64_t>(sizeof(Element)));
+  }
+
+  Element* row(int64_t number) {
+    return reinterpret_cast<Element*>(ring_ + number * row_bytes(p_));
+  }
+
+  const ConvProblem& p_;
+  const StemArguments& a_;
+  const Layout<P> layout_;
+  std::byte* const ring_;
+  const Element* const* table_;
+};
+
+}  // namespace
+}  // namespace fused_resnet::cpu
