@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fused_resnet import backends
 from fused_resnet._build import extension, extension_error
-from fused_resnet.backends.cpu import geometry, native_stem, pool_window
+from fused_resnet.backends.cpu import NativeStem, geometry, native_stem, pool_window
 from fused_resnet.numerics import reference_conv, stock_conv
 from fused_resnet.problem import ConvProblem, MaxPool
 from tests.helpers import assert_within_rule, conv_problem, draw, short
-from tests.test_cpu_amx import has_amx
+from tests.test_cpu_amx import has_amx, needs_amx
 
 pytestmark = pytest.mark.skipif(
     extension is None, reason=f"no compiled extension: {extension_error}"
@@ -27,13 +29,12 @@ pytestmark = pytest.mark.skipif(
 DTYPES = (torch.float32, torch.bfloat16)
 LEVELS = ("generic",) if extension is None else tuple(extension.isa_available())
 POOL = MaxPool((3, 3), (2, 2), (1, 1))
-NO_AMX = pytest.mark.skipif(not has_amx(), reason="this CPU has no AMX for bf16")
 
 #: Level, how the convolution is computed, and which elements it has.
 STEMS = [
     *(pytest.param(isa, "direct", dtype, id=f"{isa}-{short(dtype)}")
       for isa in LEVELS for dtype in DTYPES),
-    pytest.param(LEVELS[-1], "amx", torch.bfloat16, id="amx", marks=NO_AMX),
+    pytest.param(LEVELS[-1], "amx", torch.bfloat16, id="amx", marks=needs_amx),
     pytest.param(LEVELS[-1], "amx_emulated", torch.bfloat16, id="amx_emulated"),
 ]  # fmt: skip
 every_stem = pytest.mark.parametrize(("isa", "name", "dtype"), STEMS)
@@ -136,13 +137,13 @@ LARGE = {
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("size", LARGE.values(), ids=LARGE)
-@pytest.mark.parametrize("name", ["direct", pytest.param("amx", marks=NO_AMX)])
+@pytest.mark.parametrize("name", ["direct", pytest.param("amx", marks=needs_amx)])
 def test_large(name: str, size: dict[str, int], threads: int) -> None:
     p = conv_problem(**size, r=7, stride=(2, 2), padding=(3, 3), dtype=torch.bfloat16, pool=POOL)  # type: ignore[arg-type]
     check(LEVELS[-1], name, p, threads=threads, wide=True)
 
 
-@NO_AMX
+@needs_amx
 @pytest.mark.parametrize("c", [1, 3, 5])
 def test_emulation_is_exact(c: int) -> None:
     # Powers of two: whether the epilogue's product is rounded makes no difference.
@@ -155,6 +156,16 @@ def test_emulation_is_exact(c: int) -> None:
         for compiled in (stem(LEVELS[-1], name, p) for name in ("amx", "amx_emulated"))
     ]
     assert torch.equal(*results)
+
+
+@needs_amx
+def test_tiles_go_first() -> None:
+    p = conv_problem(dtype=torch.bfloat16, pool=POOL, h=40, w=40)
+    op, cpu = "conv_affine_relu_maxpool", torch.device("cpu")
+    assert backends.candidates(op, p, cpu)[0].full_name == "cpu/stem"
+    kernel = NativeStem()
+    assert not kernel.promising(replace(p, dtype=torch.float16), cpu)
+    assert not kernel.promising(p, torch.device("cuda"))
 
 
 def test_tiles_are_taken_where_the_cpu_has_them() -> None:

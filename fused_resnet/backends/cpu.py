@@ -185,7 +185,11 @@ class NativeConv(PackedKernel):
 
 
 class NativeStem(PackedKernel):
-    """The stem in one pass over x, NCHW or channels_last; see ``csrc/cpu/stem.h``."""
+    """The stem in one pass over x, NCHW or channels_last; see ``csrc/cpu/stem.h``.
+
+    In bf16 on AMX tiles where the CPU has them: there, as in `AmxConv`, subnormal numbers count as
+    zeros.
+    """
 
     backend, op, name = "cpu", "conv_affine_relu_maxpool", "stem"
     packs_vectors = False
@@ -205,8 +209,14 @@ class NativeStem(PackedKernel):
             return str(error)
 
     def promising(self, problem: ConvProblem, device: torch.device) -> bool:
-        """For one small image; elsewhere that it beats oneDNN is for a measurement to say."""
-        return _is_small(problem)
+        """For one small image, and on AMX tiles; elsewhere a measurement is to say.
+
+        On tiles one thread was 1.7 to 12 times as fast as oneDNN in each of ten stems measured:
+        batch 1 to 16, 1 to 64 channels, windows of 3x3 and 7x7.
+        """
+        if _is_small(problem):
+            return True
+        return self.supports(problem, device) is None and self.stem(problem).name == "amx"
 
     def pack_key(self, problem: ConvProblem) -> Hashable:
         """The layout differs between levels, and otherwise depends on the weight's shape alone."""
