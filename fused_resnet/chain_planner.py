@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class ChainOutcome:
         return f"{self.name}: {verdict}: {self.why}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Offer:
     """One way to chain a bottleneck, in one state of what it reads."""
 
@@ -63,7 +64,7 @@ class _Offer:
     span: Span
     thin: bool
 
-    @property
+    @cached_property
     def call(self) -> Chained:
         return self.block.call(self.span, self.thin)
 
