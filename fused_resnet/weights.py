@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -143,6 +144,10 @@ def _detached(value: Any, sources: Sequence[Tensor]) -> Any:
     if isinstance(value, tuple):
         parts = [_detached(part, sources) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # Such as a tensor descriptor, which holds the memory that it describes.
+        old = {name: part for name, part in vars(value).items() if isinstance(part, Tensor)}
+        return dataclasses.replace(value, **{n: _detached(t, sources) for n, t in old.items()})
     return value
 
 
