@@ -158,7 +158,7 @@ class Pair(nn.Module):
 
 @pytest.mark.parametrize("family", ["mma", "wgmma"])
 def test_a_plan_runs_chains(family, monkeypatch):
-    """With weights packed beforehand, by descriptors or not. The clock says that chains are fast."""
+    """With weights packed beforehand, by descriptors or not; the clock says chains are fast."""
     kernel = TritonChain(FAMILIES[family])
     monkeypatch.setattr(backends, "KERNELS", (kernel, *torch_.KERNELS))
     monkeypatch.setitem(backends._verdicts, (kernel, CPU, torch.float16), None)
