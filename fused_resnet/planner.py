@@ -3,7 +3,7 @@
 1. Problems that the tuned table does not know are measured, the costliest first, until the budget
    is spent or the user interrupts; what was measured by then counts.
 2. Each layer takes the best kernel of its problem that mode and tolerance admit; problems that
-   were not measured take the heuristic choice.
+   were not measured take the heuristic choice. A backend that the user forces is taken unmeasured.
 3. All layers are proven with their own weights (see `fused_resnet.proving`); a kernel that is off
    on a layer is replaced there by the next one. With inexact kernels the network is judged as a
    whole, too (see `fused_resnet.judging`).
@@ -190,6 +190,7 @@ class _Planner:
         self.table = table
         self.progress = progress
         self.notes: list[str] = []
+        self.forced = backends.forced()
         self.device = layers.graph.meta[layers.graph.inputs[0]].device
         self.dtype = max(
             (layer.problem.dtype for layer in self.layers),
@@ -198,6 +199,8 @@ class _Planner:
         )
 
     def decide(self) -> Decision:
+        if self.forced:
+            return self.decide_forced()
         self.measure_missing()
         first = {layer.result: self.ranked(layer)[0] for layer in self.layers}
         number = digest(self.whole, first, self.state, self.settings.tolerance)
@@ -222,6 +225,15 @@ class _Planner:
                 time.time(),
             ),
         )
+        return decision
+
+    def decide_forced(self) -> Decision:
+        """The kernels of the backends that the user forces, as far as they are right."""
+        self.notes.append(f"backend {','.join(self.forced or ())} was forced: nothing was measured")
+        kernels = {layer.result: self.ranked(layer)[0] for layer in self.layers}
+        (kernels,), errors = self.prove([kernels])
+        decision = self.decision(kernels, errors)
+        decision.join = self.joins_rightly(kernels)
         return decision
 
     # ------------------------------------------------------------------------------------ measuring
@@ -259,7 +271,7 @@ class _Planner:
         """Kernels for a layer, best first: the measured ones, then the heuristic choice."""
         found: list[Kernel] = []
         entry = self.table.entry(layer.op, layer.problem, self.device)
-        if entry is not None:
+        if entry is not None and self.forced is None:
             tolerance = None if exact_only else self.settings.tolerance_of(layer.problem.dtype)
             for timing in entry.ranked(tolerance):
                 kernel = backends.named(layer.op, timing.kernel, layer.problem, self.device)
