@@ -1,5 +1,4 @@
-"""Other engines as contenders: ONNX Runtime, OpenVINO, TensorRT, and torch.compile with frozen
-weights.
+"""Other engines as contenders: torch.compile with frozen weights, ONNX Runtime, OpenVINO, TensorRT.
 
 Each takes the stock model and runs it its own way, on as many threads as torch. One that is not
 installed, or cannot compute in a dtype, says so; nothing is imported before it is asked for.

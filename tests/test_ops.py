@@ -11,7 +11,8 @@ from hypothesis import assume, given
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.func import grad, jacfwd, jvp, vmap
+from torch.func import grad as grad_of
+from torch.func import jacfwd, jvp, vmap
 
 from fused_resnet import backends, fold, functional, ops
 from fused_resnet.problem import EPILOGUES, ConvProblem, MaxPool
@@ -494,7 +495,7 @@ def test_forward_mode_and_function_transforms(name: str, gradients: bool) -> Non
             dual = forward_ad.make_dual(x, v)
             found, wanted = (forward_ad.unpack_dual(f(dual)).tangent for f in (op, plain))
             torch.testing.assert_close(found, wanted)
-        for transform in (lambda f: grad(lambda x: f(x).square().sum()), jacfwd):
+        for transform in (lambda f: grad_of(lambda x: f(x).square().sum()), jacfwd):
             torch.testing.assert_close(transform(op)(x), transform(plain)(x))
         vs = torch.stack([v, 2 * v])
         found, wanted = (vmap(lambda v, f=f: jvp(f, (x,), (v,))[1])(vs) for f in (op, plain))
