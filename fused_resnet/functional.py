@@ -271,9 +271,6 @@ def why_stock(conv: nn.Module, bn: nn.Module | None) -> str | None:
     reason = fold.why_not_foldable(bn)
     if reason is not None:
         return reason
-    if bn is None and conv.training:
-        # As a whole: a fused op's channels_last result has dropout draw its mask in another order.
-        return "the convolution is in train mode"
     if fold.uses_batch_statistics(bn):
         return "the batch norm is in train mode and normalises by the batch's statistics"
     if fold.is_frozen_norm(type(bn)) and _autocasts(conv):

@@ -382,8 +382,8 @@ class _Tracer(fx.Tracer):
 
 def _returns_tensor(module: nn.Module) -> bool:
     """Whether ``module`` is known to return one tensor where it is given one."""
-    if type(module).forward is nn.Sequential.forward:
-        return len(module) > 0 and all(map(_returns_tensor, module))  # type: ignore[arg-type]
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        return len(module) > 0 and all(map(_returns_tensor, module))
     if isinstance(module, nn.MaxPool2d):
         return not module.return_indices
     return isinstance(module, _TENSOR_LEAVES)
