@@ -406,9 +406,9 @@ def _check_op(
         assert weight is not None
         vectors: Any = rest if len(rest) == 3 else (*rest, None)
         exact = (reference_conv(problem, x, weight, *vectors),)
-        # Stock torch in the op's own layout. With few pixels and many channels it is up to 5 times as
-        # far off there as in NCHW, so that it would fail itself if the smaller error counted; the
-        # larger of both would let through more than the rule means.
+        # Stock torch in the op's own layout. With few pixels and many channels it is up to 5 times
+        # as far off there as in NCHW, so that it would fail itself if the smaller error counted;
+        # the larger of both would let through more than the rule means.
         last = [t.contiguous(memory_format=torch.channels_last) for t in (x, weight)]
         stock = (stock_conv(problem, last[0], last[1], *vectors),)
     elif isinstance(problem, ChainProblem):
