@@ -128,7 +128,8 @@ class Plan(nn.Module):
 
         Raises:
             RuntimeError: an argument requires a gradient.
-            TypeError: a tensor has another dtype than the plan was made for.
+            TypeError: a tensor has another dtype than the plan was made for, or something else
+                stands in its place.
             ValueError: a tensor is on another device; or has a shape that the plan was not made
                 for, with ``strict_shapes=True``.
         """
@@ -140,8 +141,13 @@ class Plan(nn.Module):
                         "a plan computes no gradients, but an argument requires one: call it under "
                         "torch.no_grad(), or use fused_resnet.fuse(model) for training"
                     )
-        found = self._specialisations.get(key)
+        try:
+            found = self._specialisations.get(key)
+        except TypeError:  # No program knows what cannot be part of a key: an array of numpy.
+            self._check_tensors(args, kwargs)
+            raise
         if found is None:
+            self._check_tensors(args, kwargs)
             return self._unknown(key, tensors, args, kwargs)
         if not found.pinned:
             with contextlib.suppress(KeyError):  # Another thread may have dropped it by now.
@@ -187,6 +193,29 @@ class Plan(nn.Module):
                 with self._context():
                     return found.run(*tensors)
         return self._run_source(args, kwargs)
+
+    def _check_tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raise TypeError where the plan was made for a tensor and got something else."""
+        if not self._specialisations:
+            return
+        wanted_args, wanted_kwargs = next(iter(self._specialisations.values())).arguments
+        pairs = zip(wanted_args, args, strict=False)
+        places = [(f"argument {i}", *pair) for i, pair in enumerate(pairs)]
+        alone = not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs)))
+        places += [
+            (f"argument {name!r}", wanted_kwargs[name], given)
+            for name, given in kwargs.items()
+            if name in wanted_kwargs
+        ]
+        for name, wanted, given in places:
+            if given is None and not alone:
+                continue  # It may stand for a tensor that the model can do without.
+            leaves = pytree.tree_leaves(given)
+            if isinstance(wanted, Meta) and not any(isinstance(leaf, Tensor) for leaf in leaves):
+                raise TypeError(
+                    f"{name} must be a tensor: the plan of {self._name} was made for "
+                    f"{', '.join(self.shapes)}; got {type(given).__name__}"
+                )
 
     def _check_dtypes(self, tensors: Sequence[Tensor]) -> None:
         known = next(iter(self._specialisations.values())).program.layers.graph

@@ -3,7 +3,7 @@
 1. Problems that the tuned table does not know are measured, the costliest first, until the budget
    is spent or the user interrupts; what was measured by then counts.
 2. Each layer takes the best kernel of its problem that mode and tolerance admit; problems that
-   were not measured take the heuristic choice.
+   were not measured take the heuristic choice. A backend that the user forces is taken unmeasured.
 3. Where a kernel for chained bottlenecks exists, those are chained that gain by it (see
    `fused_resnet.chain_planner`).
 4. All layers are proven with their own weights (see `fused_resnet.proving`); a kernel that is off
@@ -240,6 +240,7 @@ class _Planner:
         self.table = table
         self.progress = progress
         self.notes: list[str] = []
+        self.forced = backends.forced()
         self.device = layers.graph.meta[layers.graph.inputs[0]].device
         self.dtype = max(
             (layer.problem.dtype for layer in tunable(layers)),
@@ -252,6 +253,8 @@ class _Planner:
         )
 
     def decide(self) -> Decision:
+        if self.forced:
+            return self.decide_forced()
         self.measure_missing()
         self.measure_chains()
         chained = self.chaining.layers_of(self.chaining.choose())
@@ -280,6 +283,15 @@ class _Planner:
                 tuple(dataclasses.astuple(span) for span in decision.layers.spans),
             ),
         )
+        return decision
+
+    def decide_forced(self) -> Decision:
+        """The kernels of the backends that the user forces, as far as they are right."""
+        self.notes.append(f"backend {','.join(self.forced or ())} was forced: nothing was measured")
+        errors: Errors = {}
+        (proven,) = self.prove(self.plain, [self.best(self.plain).kernels], errors)
+        decision = self.decision(proven, errors)
+        decision.join = self.joins_rightly(proven)
         return decision
 
     def by_knowledge(self) -> Decision:
@@ -341,7 +353,7 @@ class _Planner:
             return self.chaining.kernels(layer) or [stock_kernel(layer.op)]
         found: list[Kernel] = []
         entry = self.table.entry(layer.op, layer.problem, self.device)
-        if entry is not None:
+        if entry is not None and self.forced is None:
             tolerance = None if exact_only else self.settings.tolerance_of(layer.problem.dtype)
             for timing in entry.ranked(tolerance):
                 kernel = backends.named(layer.op, timing.kernel, layer.problem, self.device)

@@ -550,3 +550,25 @@ def test_report_holds_everything(tuned: Path) -> None:
     text = str(report)
     for word in ("layer2.conv2", "time", "share", "error", "next best"):
         assert word in text
+
+
+@pytest.mark.usefixtures("tuned")
+def test_a_forced_backend_is_what_a_plan_takes() -> None:
+    """However fast others were measured to be, and whatever was proven before."""
+    free = fused_resnet.optimize(blocks(), X)
+    assert {row.kernel.partition("/")[0] for row in rows(free)} != {"library", "torch"}
+    with fused_resnet.backend("torch"):
+        plan = fused_resnet.optimize(blocks(), X)
+    (part,) = plan.explain().parts
+    assert {row.kernel.partition("/")[0] for row in part.rows} == {"torch"}
+    assert "backend torch was forced: nothing was measured" in str(plan.explain())
+    assert_right(plan(X), blocks(), X)
+
+
+@pytest.mark.usefixtures("tuned")
+def test_a_forced_kernel_that_is_wrong_is_not_taken(install: Callable[[Fake], Fake]) -> None:
+    install(Fake(lambda p, args: stock(p, args) * 1.001))
+    with fused_resnet.backend("library", "torch"):
+        plan = fused_resnet.optimize(blocks(), X)
+    assert "library/fake" not in {row.kernel for row in rows(plan)}
+    assert_right(plan(X), blocks(), X)

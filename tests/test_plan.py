@@ -106,6 +106,21 @@ def test_wrong_arguments_are_named() -> None:
         plan(X.clone().requires_grad_())
 
 
+@pytest.mark.parametrize("wrong", ["text", 1, None, X.numpy(), [1.0, 2.0], {"x": "text"}])
+def test_what_is_no_tensor_is_refused_with_what_is_expected(wrong: Any) -> None:
+    for plan in (optimized(blocks()), optimized(blocks(), strict_shapes=True)):
+        message = (
+            r"^argument 0 must be a tensor: the plan of Blocks was made for 2x3x48x48 float32; "
+            rf"got {type(wrong).__name__}$"
+        )
+        with pytest.raises(TypeError, match=message):
+            plan(wrong)
+    plan = fused_resnet.optimize(blocks(), {"x": X})
+    with pytest.raises(TypeError, match=r"argument 'x' must be a tensor: .*; got"):
+        plan(x=wrong)
+    plan(x=X)
+
+
 def test_a_plan_is_no_ordinary_module() -> None:
     plan = optimized(blocks())
     assert list(plan.parameters()) == []
