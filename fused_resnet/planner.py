@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet import backends
 from fused_resnet.backends.kernel import Kernel
-from fused_resnet.judging import Judge
+from fused_resnet.judging import Judging
 from fused_resnet.layers import Conv, Layers, Tunable
 from fused_resnet.numerics import TOLERANCE, Error, error
 from fused_resnet.ops import channels_last
@@ -121,7 +121,7 @@ def decide(
     settings: Settings,
     table: TunedTable,
     progress: Progress,
-    judge: Judge | None = None,
+    judge: Judging | None = None,
 ) -> Decision:
     """Measure what is not known, and choose a kernel for every layer; see the module.
 
@@ -135,6 +135,30 @@ def decide(
         judge: of the network as a whole, asked where inexact kernels are part of it.
     """
     return _Planner(layers, state, inputs, settings, table, progress, judge).decide()
+
+
+def decide_again(
+    layers: Layers,
+    decision: Decision,
+    state: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    settings: Settings,
+    table: TunedTable,
+    judge: Judging,
+) -> Decision:
+    """Prove a decision anew for other weights: kernels that are wrong with them are replaced.
+
+    Args:
+        layers: of the network.
+        decision: what was decided for other weights.
+        state: the new parameters and buffers.
+        inputs: example inputs of the graph.
+        settings: what to admit.
+        table: what is known of the kernels to replace others with, and of proofs.
+        judge: of the network as a whole, asked where inexact kernels are part of it.
+    """
+    silent: Progress = lambda _text, _share: None  # noqa: E731
+    return _Planner(layers, state, inputs, settings, table, silent, judge).decide_again(decision)
 
 
 def decide_untimed(layers: Layers, settings: Settings, table: TunedTable) -> Decision:
@@ -178,7 +202,7 @@ class _Planner:
         settings: Settings,
         table: TunedTable,
         progress: Progress,
-        judge: Judge | None = None,
+        judge: Judging | None = None,
     ) -> None:
         self.judge = judge
         self.whole = layers
@@ -210,6 +234,23 @@ class _Planner:
         best, seconds = self.contest(proven)
         decision = self.decision(proven[best], errors, seconds)
         decision.join = self.joins_rightly(proven[best])
+        self.keep_proof(number, decision)
+        return decision
+
+    def decide_again(self, old: Decision) -> Decision:
+        number = digest(self.whole, old.kernels, self.state, self.settings.tolerance)
+        known = self.from_proof(self.table.proof(self.device, number))
+        if known is not None:
+            return known
+        (kernels,), errors = self.prove([old.kernels])
+        kernels = self.judged(kernels, errors)
+        same = kernels == old.kernels
+        decision = self.decision(kernels, errors, old.seconds if same else None)
+        decision.join = old.join and self.joins_rightly(kernels)
+        self.keep_proof(number, decision)
+        return decision
+
+    def keep_proof(self, number: str, decision: Decision) -> None:
         self.table.put_proof(
             self.device,
             number,
@@ -222,7 +263,6 @@ class _Planner:
                 time.time(),
             ),
         )
-        return decision
 
     # ------------------------------------------------------------------------------------ measuring
 
@@ -476,6 +516,7 @@ __all__ = [
     "Progress",
     "Settings",
     "decide",
+    "decide_again",
     "decide_untimed",
     "measure_all",
 ]
