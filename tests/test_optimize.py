@@ -288,7 +288,7 @@ def test_the_second_time_is_ten_times_quicker(tuned: Path, monkeypatch: pytest.M
     times = []
     for _ in range(2):
         start = time.perf_counter()
-        fused_resnet.optimize(model, x)
+        fused_resnet.optimize(model, x, budget=600.0)  # On a busy machine 60 s are not enough.
         times.append(time.perf_counter() - start)
     assert times[1] * 10 <= times[0]
 
@@ -413,11 +413,23 @@ def test_a_model_that_cannot_be_traced_is_tuned_all_the_same(tuned: Path) -> Non
     plan = fused_resnet.optimize(model, X)
     assert_right(plan(X), model, X)
     assert_right(plan(X[:1]), model, X[:1])
-    assert "is not specialised" in str(plan.explain())
+    told = str(plan.explain())
+    assert "Batchwise is not specialised: " in told
+    assert "no part of it is one native call" in " ".join(told.split())
     (count,) = tuned_table.TunedTable(tuned).counts().values()
     assert count >= 2
     with pytest.raises(ValueError, match="cannot be specialised"):
         fused_resnet.optimize(model, X, strict_shapes=True)
+
+
+def test_a_part_of_it_is_specialised_by_itself(tuned: Path) -> None:
+    # As the report of such a model advises.
+    torch.manual_seed(2)
+    model = Batchwise().eval()
+    whole = copy.deepcopy(model)
+    model.inner = fused_resnet.optimize(model.inner, X)
+    assert_right(model(X), whole, X)
+    assert model.inner.shapes == ("2x3x48x48 float32",)
 
 
 class Counting(nn.Module):
