@@ -140,6 +140,14 @@ struct Exact {
 
   size_t size() const { return size_t{1} * n * h * w * c; }
 
+  // Gives every place the largest magnitude of all: Winograd's errors spread over its tiles.
+  Exact level() const {
+    Exact levelled = *this;
+    const auto largest = std::max_element(magnitude.begin(), magnitude.end());
+    std::fill(levelled.magnitude.begin(), levelled.magnitude.end(), *largest);
+    return levelled;
+  }
+
   size_t at(int i_n, int i_h, int i_w, int i_c) const {
     return ((size_t{1} * i_n * h + i_h) * w + i_w) * c + i_c;
   }

@@ -12,7 +12,7 @@
 
 int main(int argc, char** argv) {
   using namespace fused_resnet;
-  const int problems = argc > 1 ? std::atoi(argv[1]) : 60;
+  const int problems = argc > 1 ? std::atoi(argv[1]) : 40;
   sanitize::random_bits.seed(argc > 2 ? std::atoi(argv[2]) : 0);
   int wrong = 0;
   for (cpu::Isa isa : cpu::available_isas()) {
