@@ -73,6 +73,13 @@ class Meta:
             memory_format=layout
         )
 
+    def noise(self) -> Tensor:
+        """A tensor like that, the same each time: of normal distribution, or 0 if of integers."""
+        t = self.empty()
+        if not t.is_floating_point():
+            return t
+        return t.normal_(generator=torch.Generator(self.device).manual_seed(0))
+
     @property
     def bytes(self) -> int:
         """Its size, dense."""

@@ -31,8 +31,8 @@ from torch.utils import _pytree as pytree
 from fused_resnet import backends
 from fused_resnet.backends.kernel import Kernel
 from fused_resnet.chain_planner import Chaining, ChainOutcome
-from fused_resnet.judging import Judge
-from fused_resnet.layers import Chained, Conv, Layers, Span, Tunable
+from fused_resnet.judging import Judging
+from fused_resnet.layers import Chained, Conv, Layers, Span, Tunable, lower
 from fused_resnet.numerics import TOLERANCE, Error, error, largest
 from fused_resnet.program import Program
 from fused_resnet.proving import (
@@ -157,7 +157,7 @@ def decide(
     settings: Settings,
     table: TunedTable,
     progress: Progress,
-    judge: Judge | None = None,
+    judge: Judging | None = None,
     ready: Callable[[Program], Callable[..., Any]] = lambda program: program,
 ) -> Decision:
     """Measure what is not known, and choose a kernel for every layer; see the module.
@@ -173,6 +173,29 @@ def decide(
         ready: what the plan makes of a program before it runs, such as a CUDA graph.
     """
     return _Planner(layers, state, inputs, settings, table, progress, judge, ready).decide()
+
+
+def decide_again(
+    decision: Decision,
+    state: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    settings: Settings,
+    table: TunedTable,
+    judge: Judging,
+) -> Decision:
+    """Prove a decision anew for other weights: kernels that are wrong with them are replaced.
+
+    Args:
+        decision: what was decided for other weights.
+        state: the new parameters and buffers.
+        inputs: example inputs of the graph.
+        settings: what to admit.
+        table: what is known of the kernels to replace others with, and of proofs.
+        judge: of the network as a whole, asked where inexact kernels are part of it.
+    """
+    silent: Progress = lambda _text, _share: None  # noqa: E731
+    layers = lower(decision.layers.source)  # None of them chained.
+    return _Planner(layers, state, inputs, settings, table, silent, judge).decide_again(decision)
 
 
 def decide_untimed(layers: Layers, settings: Settings, table: TunedTable) -> Decision:
@@ -227,7 +250,7 @@ class _Planner:
         settings: Settings,
         table: TunedTable,
         progress: Progress,
-        judge: Judge | None = None,
+        judge: Judging | None = None,
         ready: Callable[[Program], Callable[..., Any]] = lambda program: program,
     ) -> None:
         self.judge = judge
@@ -270,6 +293,25 @@ class _Planner:
         winner, seconds = self.contest(found)
         decision = self.decision(found[winner], errors, seconds)
         decision.join = self.joins_rightly(found[winner])
+        self.keep_proof(number, decision)
+        return decision
+
+    def decide_again(self, old: Decision) -> Decision:
+        layers = self.chaining.layers_of(old.layers.spans)
+        number = digest(layers, old.kernels, self.state, self.settings.tolerance)
+        known = self.from_proof(self.table.proof(self.device, number))
+        if known is not None:
+            return known
+        errors: Errors = {}
+        (proven,) = self.prove(layers, [old.kernels], errors)
+        proven = self.judged(proven, errors)
+        same = proven.kernels == old.kernels
+        decision = self.decision(proven, errors, old.seconds if same else None)
+        decision.join = old.join and self.joins_rightly(proven)
+        self.keep_proof(number, decision)
+        return decision
+
+    def keep_proof(self, number: str, decision: Decision) -> None:
         self.table.put_proof(
             self.device,
             number,
@@ -283,7 +325,6 @@ class _Planner:
                 tuple(dataclasses.astuple(span) for span in decision.layers.spans),
             ),
         )
-        return decision
 
     def decide_forced(self) -> Decision:
         """The kernels of the backends that the user forces, as far as they are right."""
@@ -614,6 +655,7 @@ __all__ = [
     "Progress",
     "Settings",
     "decide",
+    "decide_again",
     "decide_untimed",
     "measure_all",
 ]
