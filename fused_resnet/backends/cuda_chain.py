@@ -79,8 +79,8 @@ def _aligned(vector: Tensor) -> Tensor:
     return vector if vector.data_ptr() % 16 == 0 else vector.clone()
 
 
-#: The blocks that there are kernels for: channels of the 3x3, of the next 1x1, of the projection, and
-#: the stride; and the bytes of shared memory that they need at least. See ``chain_args.h``.
+#: The blocks that there are kernels for: channels of the 3x3, of the next 1x1 and of the projection
+#: and stride; and the bytes of shared memory that they need at least. See ``chain_args.h``.
 _SHARED_BYTES = {
     (64, 64, 0, 1): 55808,
     (64, 0, 0, 1): 55808,
