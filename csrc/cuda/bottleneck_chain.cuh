@@ -5,8 +5,8 @@
 //   mid_next = relu(conv1x1(out) * scale1 + shift1)
 // Of out all pixels are stored, or those of even row and column.
 //
-// Layout    NHWC, T (16 bits) each; scale and shift in fp32. Sums and epilogues are fp32; mid2 and
-//           out are rounded to T once, as if they had been stored; the shortcut's sums are not.
+// Layout    NHWC, T (16 bits) each; scale and shift in fp32. Sums and epilogues are fp32; mid2,
+//           out and a projected shortcut are rounded to T once, as if they had been stored.
 // Product   A block takes 8 x 16 pixels at a time (4 x 16 where shared memory is short), a warp one
 //           row of 16. The 3x3 is an implicit GEMM, 16 pixels by kMid channels over 9 kMid terms,
 //           on a halo of 10 x 18 pixels in shared memory (17 x 33 for stride 2). Its sums become,
@@ -91,7 +91,7 @@ class ChainStream {
   // Starts the copy of the next tile of weights, if there is one, and closes a group of copies.
   __device__ __forceinline__ void copy_to(int buffer) {
     if (left_ > 0) {
-      const char *first, *second;  // Null: there is no such piece.
+      const char *first, *second;
       if (step_ < Tile::kTapSteps) {
         first = weight2_ + step_ * Tile::kStageBytes;
         second = first + Tile::kPieceBytes;
@@ -110,7 +110,7 @@ class ChainStream {
     cp_async_commit();
   }
 
-  // A piece of a chunk's weights.
+  // A piece of a chunk's weights; null where a step has only one.
   __device__ __forceinline__ const char* piece(int chunk, int at) const {
     constexpr int kBytes = Tile::kPieceBytes;
     if (at < Tile::kExpandAt) return weight_proj_ + (chunk * Tile::kProjectPieces + at) * kBytes;
@@ -378,29 +378,26 @@ __device__ __forceinline__ void chain_block(const ChainArgs& args, char* shared)
         };
 
         if (kProj == 0 && kAhead == 0) load_residual(chunk, residuals[i]);
-        Vector<T> whole[2] = {};  // At first the shortcut.
+        Vector<T> whole[2] = {};
         if constexpr (kProj > 0) {
           float sums[1][4][4] = {};
           multiply_chunk<T>(sums, input, weights_at(Tile::kProjectAt));
           finish<T, Affine>(whole, sums[0], 0, args.scale_proj + channel,
                             args.shift_proj + channel);
+          // Rounded, as stored ones are: the sums would not find registers during the next product.
+          residuals[i][0] = whole[0].pack(), residuals[i][1] = whole[1].pack();
         }
         float sums[1][4][4] = {};
         multiply_chunk<T>(sums, mid2, weights_at(Tile::kExpandAt));
-        if constexpr (kProj == 0) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            whole[half] = Vector<T>::unpack(residuals[i][half]);
-          }
-        }
+        whole[0] = Vector<T>::unpack(residuals[i][0]),
+        whole[1] = Vector<T>::unpack(residuals[i][1]);
         finish<T, AddRelu>(whole, sums[0], 0, args.scale3 + channel, args.shift3 + channel);
-        uint4 finished[2];
+        const uint4 finished[2] = {whole[0].pack(), whole[1].pack()};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          finished[half] = whole[half].pack();
           if (!kept[half]) continue;
           const int apart = half * 8 >> args.even;
-          store_global(kept_pixel + apart * kOut + chunk * Tile::kChunk, finished[half]);
+          store_global_whole(kept_pixel + apart * kOut + chunk * Tile::kChunk, finished[half]);
         }
         if (kAhead > 0 && chunk + kAhead < Tile::kChunks) {
           load_residual(chunk + kAhead, residuals[i]);
@@ -437,7 +434,7 @@ __device__ __forceinline__ void chain_block(const ChainArgs& args, char* shared)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (!exists[half]) continue;
-          store_global(next_pixel + half * 8 * kNext + group * 32, values[half].pack());
+          store_global_whole(next_pixel + half * 8 * kNext + group * 32, values[half].pack());
         }
       }
     }
