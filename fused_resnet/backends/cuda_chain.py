@@ -120,7 +120,8 @@ class CudaChain(PackedKernel):
             return (
                 "stores pixels, not their mean: no stage of 64 or 128 channels is a ResNet's last"
             )
-        available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        properties = torch.cuda.get_device_properties(device)
+        available = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
         if needed > available:
             return f"needs {needed} bytes of shared memory, this GPU has {available}"
         if p.n * p.h * p.w >= 2**30:
