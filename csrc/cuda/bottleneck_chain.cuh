@@ -434,7 +434,7 @@ __device__ __forceinline__ void chain_block(const ChainArgs& args, char* shared)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (!exists[half]) continue;
-          store_global_whole(next_pixel + half * 8 * kNext + group * 32, values[half].pack());
+          store_global(next_pixel + half * 8 * kNext + group * 32, values[half].pack());
         }
       }
     }
