@@ -110,7 +110,7 @@ CHAIN_TILES: tuple[tuple[str, tuple[int, ...], int, tuple[str, ...]], ...] = (
     ("64 streamed projected", (64, 64, 64, 1, 8, 4), 55808, ()),
     ("128 streamed next", (128, 128, 0, 1, 8, 3), 95232, ()),
     ("128 streamed last", (128, 0, 0, 1, 8, 3), 95232, ()),
-    ("128 streamed wider", (128, 256, 0, 1, 8, 3), 95232, ()),
+    ("128 streamed wider", (128, 256, 0, 1, 8, 3), 95232, ("sm_86", "sm_89", *MEDIUM_SHARED)),
     ("128 streamed strided", (128, 128, 256, 2, 8, 3), 192768, LARGE_SHARED),
     ("128 short strided", (128, 128, 256, 2, 4, 3), 125184, ("sm_80",)),
 )

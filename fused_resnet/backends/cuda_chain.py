@@ -124,6 +124,8 @@ class CudaChain(PackedKernel):
         available = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
         if needed > available:
             return f"needs {needed} bytes of shared memory, this GPU has {available}"
+        if p.next == 256 and getattr(properties, "major", 0) >= 12:
+            return "the kernel for 128 channels and 256 next spills registers on sm_120"
         if p.n * p.h * p.w >= 2**30:
             return "the tensors are too large for 32-bit indices"
         return None
