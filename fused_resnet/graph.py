@@ -376,6 +376,17 @@ def _refuse_writes(graph: Graph) -> None:
                 raise Untraceable(f"it writes to {name} ({call.op})")
 
 
+def rewritten(graph: Graph) -> set[int]:
+    """Values in whose memory some call writes: what they are depends on when they are read."""
+    root: dict[int, int] = {}
+    found: set[int] = set()
+    for call in graph.calls:
+        if _is_view(call) and call.reads:
+            root[call.result] = root.get(call.reads[0], call.reads[0])
+        found.update(root.get(i, i) for i in _written(call))
+    return found | {i for i, owner in root.items() if owner in found}
+
+
 # --------------------------------------------------------------------------------------------------
 # Constants.
 # --------------------------------------------------------------------------------------------------
@@ -449,5 +460,6 @@ __all__ = [
     "capture",
     "constant_calls",
     "evaluate_constants",
+    "rewritten",
     "substitute",
 ]

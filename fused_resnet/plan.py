@@ -271,6 +271,16 @@ class Plan(nn.Module):
         """What the programs of this plan share."""
         return self._weights
 
+    @property
+    def device(self) -> torch.device:
+        """Where the programs run."""
+        return self._device
+
+    @property
+    def policy(self) -> Policy:
+        """What is done with inputs that there is no program for, and whether graphs are made."""
+        return self._policy
+
     def _specialise_untimed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         assert self._source is not None
         self._source.check_unchanged()
@@ -280,7 +290,7 @@ class Plan(nn.Module):
             self._reason = str(e)
             return
         decision = decide_untimed(layers, self._settings, self._table)
-        program = Program(layers, decision.kernels, self._weights, decision.join)
+        program = decision.program(self._weights)
         self.add((args, dict(kwargs)), program, decision, pinned=False)
 
     # ----------------------------------------------------------------------------------- what is in

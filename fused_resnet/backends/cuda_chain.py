@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_resnet import _build
 from fused_resnet.backends.cuda import aligned_nhwc, unavailable
-from fused_resnet.backends.kernel import Kernel, PackedKernel
+from fused_resnet.backends.kernel import Kernel, PackedChainKernel
 from fused_resnet.problem import ChainProblem
 
 #: Channels of ``out`` that the kernel computes at a time, and the period of its order of channels.
@@ -93,7 +93,7 @@ _SHARED_BYTES = {
 }
 
 
-class CudaChain(PackedKernel):
+class CudaChain(PackedChainKernel):
     """A bottleneck from its 3x3 on and the next block's first 1x1 in one kernel.
 
     See ``csrc/cuda/bottleneck_chain.cuh``.
@@ -129,6 +129,10 @@ class CudaChain(PackedKernel):
         if p.n * p.h * p.w >= 2**30:
             return "the tensors are too large for 32-bit indices"
         return None
+
+    def layouts(self, problem: ChainProblem, device: torch.device) -> tuple[str, ...]:
+        """See `PackedChainKernel`; there is no projection."""
+        return "taps", "expand", "", "reduce"
 
     def pack_key(self, problem: str) -> str:
         """Which of the three weights it is."""
