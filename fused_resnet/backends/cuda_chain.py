@@ -132,7 +132,7 @@ class CudaChain(PackedChainKernel):
 
     def layouts(self, problem: ChainProblem, device: torch.device) -> tuple[str, ...]:
         """See `PackedChainKernel`; there is no projection."""
-        return "taps", "expand", "", "reduce"
+        return "taps", "pointwise", "pointwise", "reduce"
 
     def pack_key(self, problem: str) -> str:
         """Which of the three weights it is."""
