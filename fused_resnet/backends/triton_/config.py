@@ -134,9 +134,9 @@ _TCGEN16_CONV = (
     Tile(128, 256, 64, 8, 3, parts=2, share=1.00),
     Tile(128, 128, 64, 8, 4, parts=2, share=0.66),
     Tile(64, 128, 64, 4, 4, parts=2, share=0.44, resident=2),
-    Tile(128, 64, 64, 4, 4, share=0.44, resident=2),
+    Tile(128, 64, 64, 4, 4, share=0.40, resident=2),
     # Eight warps: rows of odd channel counts are gathered by single elements, with an address each.
-    Tile(128, 32, 32, 8, 4, share=0.22, resident=2),
+    Tile(128, 32, 32, 8, 4, share=0.13, resident=2),
 )
 # tf32: the same bytes, half the elements.
 _MMA32 = (
