@@ -17,6 +17,8 @@ import torch
 
 from fused_resnet.backends.triton_.certify import (
     Case,
+    cases,
+    chain_cases,
     code_of,
     full_precision,
     is_dissolved,
@@ -25,7 +27,8 @@ from fused_resnet.backends.triton_.certify import (
     name_of,
     resnet_problems,
 )
-from fused_resnet.backends.triton_.config import MIN_SHARE
+from fused_resnet.backends.triton_.config import ARCHS, MIN_SHARE
+from fused_resnet.backends.triton_.launch import TYPES
 from fused_resnet.backends.triton_.reduce import reduce_kernel
 from fused_resnet.certify import (
     DEVICES,
@@ -45,12 +48,14 @@ _HEAD = """# Certificates of the Triton kernels
 
 <!-- Written by `python -m benchmarks.certificate_tables`; do not edit. -->
 
-Every launch that the heuristic returns for the layers of ResNet-18 and ResNet-50 at batch 1, 32 and
-256, in fp16, bf16 and fp32 (with TF32 and without), is compiled for six GPUs, and so is every
-configuration that is offered for chained bottlenecks. `make certify` reads the machine code; a
+`make certify` compiles every launch that the heuristic returns for the layers of ResNet-18 and
+ResNet-50 at batch 1, 32 and 256, in fp16, bf16 and fp32 (with TF32 and without), for six GPUs, and
+every configuration that is offered for chained bottlenecks. It reads the machine code; a
 configuration with local memory, accesses of activations or weights narrower than 16 bytes, no
 tensor instruction of its GPU's generation, no asynchronous copies, or more shared memory than a
-block may have is not in the space. One line a kernel is in `benchmarks/certificates`.
+block may have is not in the space. `benchmarks/certificates` has a line for each code: so many of
+all are committed, and where some are not, each configuration (kernel, dtype, tile, schedule) of
+the heuristic's is, for another layer.
 
 No GPU ran. Registers, memory, instructions and widths are read from machine code and exact. The
 *share* of the tensor rate is *predicted*: what the instruction mix of the main loop leaves of it,
@@ -103,12 +108,6 @@ class Layer:
         return self.case.problem
 
     @property
-    def arithmetic(self) -> str:
-        """``fp16``, ``bf16`` or ``tf32``."""
-        kinds = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-        return kinds.get(self.problem.dtype, self.case.precision)
-
-    @property
     def config(self) -> str:
         """The configuration, as tables print it."""
         config = self.case.config
@@ -125,7 +124,8 @@ def layers(certificates: dict[str, Certificate]) -> Iterator[Layer]:
     names: dict[object, str] = {}
     for case in layer_cases():
         name = names.setdefault(code_of(case), name_of(case))
-        if case.launch.kernel is not reduce_kernel and not full_precision(case):
+        on_tensor_cores = case.launch.kernel is not reduce_kernel and not full_precision(case)
+        if on_tensor_cores and name in certificates:
             yield Layer(name, case, certificates[name])
 
 
@@ -175,6 +175,28 @@ def kernels_table(certificates: dict[str, Certificate], straight: Container[str]
     return rows_of(lines)
 
 
+def coverage_table(kind: str, every: Iterable[Case], committed: Container[str]) -> str:
+    """How many of the codes that ``make certify`` judges are committed, by dtype and GPU."""
+    counts: dict[tuple[str, int], dict[str, bool]] = {}
+    for case in every:
+        name = name_of(case)
+        where = _arithmetic(case), case.arch.capability
+        counts.setdefault(where, {})[name] = name in committed
+    types = dict.fromkeys(dtype for dtype, _ in counts)
+    lines = [[kind, *(f"sm_{arch.capability}" for arch in ARCHS)]]
+    for dtype in types:
+        found = [counts[dtype, arch.capability] for arch in ARCHS]
+        lines.append([dtype, *(f"{sum(names.values())} of {len(names)}" for names in found)])
+    return rows_of(lines)
+
+
+def _arithmetic(case: Case) -> str:
+    """``fp16``, ``bf16``, ``tf32``, or ``fp32`` on the ordinary multiply-add units."""
+    problem = case.problem
+    name = problem.split()[-1] if isinstance(problem, str) else TYPES[problem.dtype]
+    return "tf32" if name == "fp32" and case.precision != "ieee" else name
+
+
 def _span(values: Iterable[int]) -> str:
     found = sorted(set(values))
     if not found:
@@ -191,7 +213,7 @@ def shares_table(found: Iterable[Layer]) -> str:
         assert loop.limiter is not None
         stride = f"/{p.stride[0]}" if p.stride != (1, 1) else ""
         key = (
-            f"{p.r}x{p.s}{stride} {p.c}->{p.k}, {p.h}x{p.w}", layer.arithmetic, layer.config,
+            f"{p.r}x{p.s}{stride} {p.c}->{p.k}, {p.h}x{p.w}", _arithmetic(layer.case), layer.config,
             f"{layer.share:.2f}", _REASONS[loop.limiter],
         )  # fmt: skip
         batches, gpus = groups.setdefault(key, (set(), set()))
@@ -243,9 +265,13 @@ def document(conv: dict[str, Certificate], chain: dict[str, Certificate]) -> str
     return "".join(
         [
             _HEAD,
-            f"\n## Convolutions and what surrounds them: {len(conv)} machine codes\n\n",
+            "\n",
+            coverage_table("convolutions and the rest", cases(), conv),
+            "\n",
+            coverage_table("chained bottlenecks", chain_cases(), chain),
+            "\n## Convolutions and what surrounds them\n\n",
             kernels_table(conv, straight),
-            f"\n## Chained bottlenecks: {len(chain)} machine codes\n\n",
+            "\n## Chained bottlenecks\n\n",
             kernels_table(chain),
             _SHARES,
             "\n",

@@ -131,6 +131,24 @@ def code_of(case: Case) -> Hashable:
     return launch.kernel.fn, launch.signature, launch.constants, launch.options, case.arch
 
 
+def configuration_of(case: Case) -> Hashable:
+    """What of a case is chosen for it, whatever the layer: kernel, types, tile and its schedule."""
+    launch = case.launch
+    if case.offer is not None:
+        return case.offer, launch.signature[0], case.arch
+    chosen = tuple((name, value) for name, value in launch.constants if name in _CHOSEN)
+    return launch.kernel.fn, launch.signature, chosen, launch.options, case.arch, case.precision
+
+
+#: Constants that are the shape of a tile.
+_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK")
+
+#: Constants of kernels that a configuration fixes; the rest are sizes and epilogues of layers.
+_CHOSEN = frozenset(
+    {*_BLOCKS, "PARTS", "GROUP_M", "W_TMA", "TMA", "WARP_SPECIALIZE", "STAGES_1", "STAGES_2"}
+)
+
+
 def cases(
     archs: Iterable[Arch] = ARCHS,
     depths: Iterable[int] = (18, 50),
@@ -321,9 +339,6 @@ def name_of(case: Case) -> str:
         f"split {constants['SPLIT_K']}" if constants.get("SPLIT_K", 1) > 1 else "",
     ]
     return " | ".join(part for part in parts if part)
-
-
-_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK")
 
 
 def summary(certificates: Mapping[str, Certificate]) -> Table:
