@@ -53,10 +53,12 @@ ResNet-50 at batch 1, 32 and 256, in fp16, bf16 and fp32 (with TF32 and without)
 every configuration that is offered for chained bottlenecks. It reads the machine code; a
 configuration with local memory, accesses of activations or weights narrower than 16 bytes, no
 tensor instruction of its GPU's generation, no asynchronous copies, or more shared memory than a
-block may have is not in the space. `benchmarks/certificates` has a line for each code: so many of
-all are committed, and where some are not, each configuration (kernel, dtype, tile, schedule) of
-the heuristic's is, for another layer.
+block may have is not in the space. `benchmarks/certificates` has a line for each code. So many of
+all are committed; where one of a convolution is not, its configuration (kernel, dtype, tile,
+schedule) is, for another layer:
+"""
 
+_LABEL = """
 No GPU ran. Registers, memory, instructions and widths are read from machine code and exact. The
 *share* of the tensor rate is *predicted*: what the instruction mix of the main loop leaves of it,
 see `fused_resnet.certify.model`. Times are *predicted* bounds from published peaks.
@@ -269,6 +271,7 @@ def document(conv: dict[str, Certificate], chain: dict[str, Certificate]) -> str
             coverage_table("convolutions and the rest", cases(), conv),
             "\n",
             coverage_table("chained bottlenecks", chain_cases(), chain),
+            _LABEL,
             "\n## Convolutions and what surrounds them\n\n",
             kernels_table(conv, straight),
             "\n## Chained bottlenecks\n\n",
