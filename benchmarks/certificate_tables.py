@@ -9,7 +9,7 @@ shapes.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from fused_resnet.backends.triton_.certify import (
     cases,
     chain_cases,
     code_of,
+    configuration_of,
     full_precision,
     is_dissolved,
     is_large,
@@ -53,9 +54,10 @@ ResNet-50 at batch 1, 32 and 256, in fp16, bf16 and fp32 (with TF32 and without)
 every configuration that is offered for chained bottlenecks. It reads the machine code; a
 configuration with local memory, accesses of activations or weights narrower than 16 bytes, no
 tensor instruction of its GPU's generation, no asynchronous copies, or more shared memory than a
-block may have is not in the space. `benchmarks/certificates` has a line for each code. So many of
-all are committed; where one of a convolution is not, its configuration (kernel, dtype, tile,
-schedule) is, for another layer:
+block may have is not in the space. `benchmarks/certificates` has a line for each code.
+
+So many codes are committed of those that `make certify` judges, and, after the semicolon, so many
+configurations (kernel, dtype, tile and schedule, whatever the layer) have at least one of them:
 """
 
 _LABEL = """
@@ -178,21 +180,26 @@ def kernels_table(certificates: dict[str, Certificate], straight: Container[str]
 
 
 def coverage_table(kind: str, every: Iterable[Case], committed: Container[str]) -> str:
-    """How many of the codes that ``make certify`` judges are committed, by dtype and GPU."""
-    counts: dict[tuple[str, int], dict[str, bool]] = {}
+    """Codes that ``make certify`` judges and that are committed, then configurations of them."""
+    codes: dict[tuple[str, int], dict[str, bool]] = {}
+    configurations: dict[tuple[str, int], dict[Hashable, bool]] = {}
     for case in every:
-        name = name_of(case)
-        where = _arithmetic(case), case.arch.capability
-        counts.setdefault(where, {})[name] = name in committed
-    types = dict.fromkeys(dtype for dtype, _ in counts)
+        name, configuration = name_of(case), configuration_of(case)
+        where = arithmetic_of(case), case.arch.capability
+        codes.setdefault(where, {})[name] = name in committed
+        known = configurations.setdefault(where, {})
+        known[configuration] = known.get(configuration, False) or name in committed
     lines = [[kind, *(f"sm_{arch.capability}" for arch in ARCHS)]]
-    for dtype in types:
-        found = [counts[dtype, arch.capability] for arch in ARCHS]
-        lines.append([dtype, *(f"{sum(names.values())} of {len(names)}" for names in found)])
+    for dtype in dict.fromkeys(dtype for dtype, _ in codes):
+        line = [dtype]
+        for arch in ARCHS:
+            found = [x[dtype, arch.capability].values() for x in (codes, configurations)]
+            line.append("; ".join(f"{sum(known)} of {len(known)}" for known in found))
+        lines.append(line)
     return rows_of(lines)
 
 
-def _arithmetic(case: Case) -> str:
+def arithmetic_of(case: Case) -> str:
     """``fp16``, ``bf16``, ``tf32``, or ``fp32`` on the ordinary multiply-add units."""
     problem = case.problem
     name = problem.split()[-1] if isinstance(problem, str) else TYPES[problem.dtype]
@@ -215,8 +222,8 @@ def shares_table(found: Iterable[Layer]) -> str:
         assert loop.limiter is not None
         stride = f"/{p.stride[0]}" if p.stride != (1, 1) else ""
         key = (
-            f"{p.r}x{p.s}{stride} {p.c}->{p.k}, {p.h}x{p.w}", _arithmetic(layer.case), layer.config,
-            f"{layer.share:.2f}", _REASONS[loop.limiter],
+            f"{p.r}x{p.s}{stride} {p.c}->{p.k}, {p.h}x{p.w}", arithmetic_of(layer.case),
+            layer.config, f"{layer.share:.2f}", _REASONS[loop.limiter],
         )  # fmt: skip
         batches, gpus = groups.setdefault(key, (set(), set()))
         batches.add(p.n)
