@@ -70,8 +70,8 @@ _SHARES = f"""
 ## Layers below {MIN_SHARE} of the tensor rate
 
 Of the layers whose matrix product is at least 128 deep and 128 wide (K = R * S * C products, N
-output channels), these stay below a predicted {MIN_SHARE}; on all other GPUs and in all other
-layers the share is at least that. Loops that dissolve into straight code, with no more slices than
+output channels), these stay below a predicted {MIN_SHARE}; in all others that are certified here
+the share is at least that. Loops that dissolve into straight code, with no more slices than
 stages in flight, have no share. Fp32 without TF32 uses no tensor cores and is left out.
 """
 
