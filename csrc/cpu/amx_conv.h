@@ -1,8 +1,8 @@
 // Direct convolution by products of tiles: bf16 factors, fp32 sums, the epilogue in fp32 and one
 // rounding.
 //
-// Schedule of a thread: for each of its blocks of output rows, copy the input into planes (or read
-// it in place, see amx_plan.h); for each of its panels of 32 output channels; for each pair of
+// Schedule of a thread: for each block of output rows that it takes, copy the input into planes (or
+// read it in place, see amx_plan.h); for each of the panels of 32 output channels; for each pair of
 // tiles of 16 output pixels: all products of C * R * S, four tiles of sums staying in registers,
 // then the epilogue of 32 pixels by 32 channels. Four tile loads feed four products, which take 64
 // cycles; a block's activations and a panel's weights come from the L1 and L2 caches.
@@ -92,11 +92,6 @@ class AmxRun {
       tap_offsets_[tap] =
           folded ? plan.tap_offset(tap, 0) : plan.tap_offset(tap / plan.p.s, tap % plan.p.s);
     }
-    const int m = team.rank / plan.team_k, k = team.rank % plan.team_k;
-    block0_ = share(plan.blocks(), m, plan.team_m);
-    block1_ = share(plan.blocks(), m + 1, plan.team_m);
-    panel0_ = share(plan.weights.all_panels(), k, plan.team_k);
-    panel1_ = share(plan.weights.all_panels(), k + 1, plan.team_k);
     streams_ = streams(team);
   }
 
@@ -105,9 +100,13 @@ class AmxRun {
     return tap_bytes(plan) + kSumBytes + plan.activation_bytes();
   }
 
-  void operator()() {
-    if (panel0_ == panel1_) return;
-    for (int block = block0_; block < block1_; ++block) compute_block(block);
+  void operator()(const Team& team) {
+    const int64_t panels = plan_.weights.all_panels(), parts = plan_.panel_parts;
+    team.for_each(plan_.blocks() * parts, [&](int64_t unit) {
+      const int64_t part = unit % parts;
+      compute_block(static_cast<int>(unit / parts), static_cast<int>(panels * part / parts),
+                    static_cast<int>(panels * (part + 1) / parts));
+    });
     if (streams_) Tiles::fence();
   }
 
@@ -117,10 +116,6 @@ class AmxRun {
 
   static int64_t tap_bytes(const AmxPlan& plan) {
     return ceil_div(plan.weights.taps * static_cast<int64_t>(sizeof(int64_t)), 64) * 64;
-  }
-
-  static int share(int64_t count, int part, int parts) {
-    return static_cast<int>(count * part / parts);
   }
 
   // Whether y passes the caches by: it will have left them before it is read, so fetching its lines
@@ -142,8 +137,8 @@ class AmxRun {
     int first, last;
   };
 
-  void compute_block(int block) {
-    const auto* x = static_cast<const uint16_t*>(arguments_.x);
+  // Panels [panel0, panel1) of a block.
+  void compute_block(int block, int panel0, int panel1) {
     const int image_blocks = static_cast<int>(ceil_div(plan_.out_h, plan_.block_rows));
     image0_ = block / image_blocks * plan_.block_images;
     row0_ = block % image_blocks * plan_.block_rows;
@@ -151,12 +146,18 @@ class AmxRun {
     rows_ = std::min(plan_.block_rows, plan_.out_h - row0_);
     line_tiles_ = static_cast<int>(ceil_div(plan_.line_length(rows_), plan_.tile_rows));
     const int panels = plan_.weights.panels;
-    if (!plan_.direct) {
-      const int group0 = panel0_ / panels, group1 = (panel1_ - 1) / panels + 1;
+    const int group0 = panel0 / panels, group1 = (panel1 - 1) / panels + 1;
+    const bool packed =
+        block == packed_block_ && group0 >= packed_group0_ && group1 <= packed_group1_;
+    if (!plan_.direct && !packed) {
+      const auto* x = static_cast<const uint16_t*>(arguments_.x);
       ActivationPacker<Tiles>(plan_, x, group0, group1)(planes_, image0_, images, row0_, rows_);
+      packed_block_ = block;
+      packed_group0_ = group0;
+      packed_group1_ = group1;
     }
     const int tiles = images * line_tiles_;
-    for (int panel = panel0_; panel < panel1_; ++panel) {
+    for (int panel = panel0; panel < panel1; ++panel) {
       const int group = panel / panels, k0 = panel % panels * kPanelChannels;
       const int count = std::min(plan_.weights.k - k0, kPanelChannels);
       const int k = group * plan_.weights.k + k0;
@@ -248,8 +249,8 @@ class AmxRun {
   int64_t* tap_offsets_;
   float* sums_;
   std::byte* planes_;
-  int block0_, block1_, panel0_, panel1_;  // this thread's
-  int image0_ = 0, row0_ = 0, rows_ = 0;   // of the block at hand
+  int packed_block_ = -1, packed_group0_ = 0, packed_group1_ = 0;  // what the planes hold
+  int image0_ = 0, row0_ = 0, rows_ = 0;                           // of the block at hand
   int line_tiles_ = 1;
   bool streams_;
 };
@@ -278,7 +279,7 @@ class AmxConvBase : public ConvKernel {
     const AmxPlan plan(problem, team.size);
     std::byte* scratch = arguments.scratch + team.rank * Run<Epilogue::kNone>::scratch_bytes(plan);
     dispatch_epilogue(problem.epilogue, [&](auto functor) {
-      AmxRun<Tiles, decltype(functor)>(plan, arguments, scratch, team)();
+      AmxRun<Tiles, decltype(functor)>(plan, arguments, scratch, team)(team);
     });
   }
 

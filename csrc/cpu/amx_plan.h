@@ -20,6 +20,7 @@
 
 #include "conv_problem.h"
 #include "cpu/amx_tile.h"
+#include "cpu/team.h"
 
 namespace fused_resnet::cpu {
 namespace {
@@ -148,7 +149,7 @@ struct AmxPlan {
   int64_t pixel_bytes, chunk_bytes;      // from one q, and one chunk, to the next
   int64_t image_bytes = 0;               // of all planes
   int tile_rows;                         // output pixels of a tile, at most 16
-  int team_m = 1, team_k = 1;            // threads along blocks and along panels
+  int panel_parts = 1;                   // a thread takes a part of a block's panels at a time
   int block_images = 1, block_rows = 1;  // either whole images or rows of one
 
  private:
@@ -175,10 +176,11 @@ struct AmxPlan {
   int64_t rows_within(int64_t bytes) const { return std::max<int64_t>(bytes / row_bytes(), 1); }
 
   // Chooses blocks of rows whose activations stay in the L2 cache beside the weights that meet
-  // them, and the grid of threads.
+  // them, and whether blocks are divided among the threads, or panels, or both.
   void split(int threads) {
     const int64_t all_rows = int64_t{images} * out_h;
     // By each thread: products of a cell with a panel, and bytes that come from beyond its L2.
+    int team_m = 1, team_k = 1;  // threads along blocks and along panels
     double least = 0;
     for (int along_k = 1; along_k <= threads; ++along_k) {
       if (threads % along_k != 0) continue;
@@ -208,16 +210,24 @@ struct AmxPlan {
       block_rows = static_cast<int>(
           std::min<int64_t>(ceil_div(ceil_div(share, per_thread), kPair) * kPair, out_h));
     } else if (images % team_m != 0 && images < 4 * team_m) {
+      // Two blocks a thread or more, since some threads may be slower, but each large beside the
+      // rows that it copies as well as its neighbours.
       const int64_t share = ceil_div(out_h, team_m);
-      block_rows = static_cast<int>(ceil_div(share, ceil_div(share, rows)));
+      const int64_t most = std::min(rows, std::max(ceil_div(share, 2), kLeastRows));
+      block_rows = static_cast<int>(ceil_div(share, ceil_div(share, most)));
     } else if (rows < out_h) {
       block_rows = static_cast<int>(ceil_div(out_h, ceil_div(out_h, rows)));
     } else {
       block_rows = out_h;
       block_images = static_cast<int>(std::min(rows / out_h, ceil_div(images, team_m)));
     }
+    if (threads > 1 && blocks() > 0) {
+      const int64_t parts = ceil_div(int64_t{Team::kUnitsOfThread} * threads, blocks());
+      panel_parts = static_cast<int>(std::min<int64_t>(parts, weights.all_panels()));
+    }
   }
 
+  static constexpr int64_t kLeastRows = 7;
   static constexpr int64_t kMostBytes = kL2Bytes / 3;
   static constexpr double kProductCycles = 2.0;  // 64 cycles for two tiles of 16 pixels by 32
   static constexpr double kBytesPerCycle = 4.0;

@@ -38,9 +38,9 @@ struct Span {
   int64_t size() const { return end - begin; }
 };
 
-// The part of 0 .. total that falls to one of `size` threads.
-inline Span share(int64_t total, int rank, int size) {
-  return {total * rank / size, total * (rank + 1) / size};
+// One of `parts` equal parts of 0 .. total.
+constexpr Span part_of(int64_t total, int64_t part, int64_t parts) {
+  return {total * part / parts, total * (part + 1) / parts};
 }
 
 // Output channels that are computed together, of one group or, where groups are narrower than a
@@ -238,12 +238,12 @@ class Run {
     const Epilogue e = p_.epilogue;
     relu_before_add_ = e == Epilogue::kRelu || e == Epilogue::kReluAddRelu;
     relu_after_add_ = e == Epilogue::kAddRelu || e == Epilogue::kReluAddRelu;
+    std::memset(scratch_, 0, static_cast<size_t>(p_.c) * sizeof(Element));
   }
 
   // Pixels x panels.
   void operator()(Span pixels, Span panels) {
-    if (pixels.size() == 0 || panels.size() == 0) return;
-    std::memset(scratch_, 0, static_cast<size_t>(p_.c) * sizeof(Element));
+    if (pixels.size() == 0) return;
     const int64_t blocks = divide_up(pixels.size(), block_rows<P>(p_));
     const int64_t rows = divide_up(pixels.size(), blocks);
     for (int64_t begin = pixels.begin; begin < pixels.end; begin += rows) {
@@ -363,23 +363,27 @@ size_t direct_scratch_bytes(const ConvProblem& problem, int threads) {
 
 template <class P>
 void direct_run(const ConvProblem& problem, const ConvArguments& arguments, const Team& team) {
+  constexpr int64_t kTile = P::rows(P::kVectors);
   const Layout<P> layout(problem);
   const int64_t pixels = int64_t{problem.n} * problem.out_h * problem.out_w;
-  const int64_t panels = layout.panels();
+  const int64_t tiles = divide_up(pixels, kTile), panels = layout.panels();
   Run<P> run(problem, arguments, arguments.scratch + team.rank * Scratch<P>(problem).bytes);
-  // Each thread takes a part of the pixels and reads all weights, or the other way round: what
-  // leaves less to the busiest thread, and, where that is much the same, what is read less.
-  const int64_t tiles = divide_up(pixels, P::rows(P::kVectors));
-  const int64_t by_pixels = divide_up(tiles, team.size) * panels;
-  const int64_t by_panels = tiles * divide_up(panels, team.size);
-  const bool alike = by_panels * 16 <= by_pixels * 17 && by_pixels * 16 <= by_panels * 17;
+  // A unit is some pixels and all panels, or some pixels and one panel, panel after panel: so what
+  // is larger, x or the weights, is read by one thread. Fewer than kTiles tiles would not pay for
+  // the passage of the weights.
+  constexpr int64_t kTiles = 4;
   const int64_t x_bytes = int64_t{problem.n} * problem.h * problem.w * problem.c *
                           static_cast<int64_t>(sizeof(typename P::Element));
-  if (alike ? x_bytes < layout.bytes() : by_panels < by_pixels) {
-    run({0, pixels}, share(panels, team.rank, team.size));
-  } else {
-    run(share(pixels, team.rank, team.size), {0, panels});
-  }
+  const bool by_panels = team.size > 1 && x_bytes < layout.bytes();
+  const int64_t most = max(1, min(tiles / kTiles, Meeting::kMostUnits / panels));
+  const int64_t parts =
+      by_panels ? min(most, divide_up(team.units_of(INT64_MAX), panels)) : team.units_of(most);
+  team.for_each(by_panels ? panels * parts : parts, [&](int64_t unit) {
+    const Span part = part_of(tiles, unit % parts, parts);
+    const Span span = {part.begin * kTile, min(part.end * kTile, pixels)};
+    const int64_t panel = unit / parts;
+    run(span, by_panels ? Span{panel, panel + 1} : Span{0, panels});
+  });
 }
 
 template <class P>

@@ -20,9 +20,9 @@ std::atomic<bool> in_forked_child{false};
     pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true); });
 
 void run_region(int threads, const std::function<void(const Team&)>& body) {
-  Barrier barrier;
+  Meeting meeting(threads);
 #pragma omp parallel num_threads(threads)
-  body(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
+  body(Team{omp_get_thread_num(), omp_get_num_threads(), &meeting});
 }
 
 }  // namespace

@@ -257,6 +257,8 @@ Program::Layout Program::layout(int threads) const {
 
   Layout layout = {};
   layout.images = std::min(batch_ / threads, images_at_once_);
+  // Where there are enough images, so few at once that the threads can even out.
+  if (threads > 1) layout.images = std::min(layout.images, std::max(batch_ / threads / 4, 1));
   // Images that are left over when the batch is dealt out are fewer than the threads.
   const int at_once = threads * std::max(layout.images, 1), rest = std::min(batch_, threads - 1);
   layout.scratch = align(shared_bytes_ + at_once * private_bytes_, kLine);
@@ -308,18 +310,19 @@ void Program::run(const Input* inputs, void* const* outputs, int threads) const 
     const auto leading = static_cast<size_t>(leading_);
     if (leading > 0) {
       // Not the threads that the arena is divided for: OpenMP may have granted fewer.
-      const int64_t share = layout.images > 0 ? batch_ / team.size : 0;
+      const int64_t alone = layout.images > 0 ? batch_ / team.size * team.size : 0;
       StepArguments own = a;
       own.images += team.rank * layout.images * private_bytes_;
       own.scratch += team.rank * layout.scratch_of_thread;
-      const int64_t end = (team.rank + 1) * share;
-      for (own.first = team.rank * share; own.first < end; own.first += own.count) {
-        own.count = std::min<int64_t>(layout.images, end - own.first);
+      const int64_t units = alone > 0 ? (alone + layout.images - 1) / layout.images : 0;
+      team.for_each(units, [&](int64_t unit) {
+        own.first = unit * layout.images;
+        own.count = std::min<int64_t>(layout.images, alone - own.first);
         run_steps(0, leading, own, Team{});
-      }
+      });
       team.sync();
       StepArguments rest = a;
-      rest.first = share * team.size;
+      rest.first = alone;
       rest.count = batch_ - rest.first;
       if (rest.count > 0) run_steps(0, leading, rest, team);
     }

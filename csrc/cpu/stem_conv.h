@@ -42,16 +42,15 @@ struct StemScratch {
     width = int64_t{p.out_w - 1} * p.stride_w + p.s;
     input_row = align_line(width * p.c * kElement);
     conv_row = align_line(int64_t{p.out_w} * p.k * kElement);
-    input = input_row;  // behind a row of zeros
-    conv = input + p.r * input_row;
+    conv = p.r * input_row;
     column_max = conv + pool.kernel_h * conv_row;
     table = column_max + conv_row;
-    bytes = table + align_line(int64_t{p.r} * p.out_w * sizeof(void*));
+    bytes = table + align_line(int64_t{2} * p.r * p.out_w * sizeof(void*));
   }
 
-  int64_t width;                // pixels of a padded row of the input
-  int64_t input_row, conv_row;  // bytes
-  int64_t input, conv, column_max, table, bytes;
+  int64_t width;                           // pixels of a padded row of the input
+  int64_t input_row, conv_row;             // bytes
+  int64_t conv, column_max, table, bytes;  // behind a ring of rows of the input
 };
 
 // Integers that may be read where floats were written.
@@ -79,14 +78,21 @@ class StemRun {
         layout_(stem_rows(problem)),
         parts_(problem, pool),
         scratch_(scratch) {
-    std::memset(scratch_, 0, static_cast<size_t>(parts_.input_row));
+    // Where output pixel ow reads the rows of the ring, as table[row][ow], and all of them once
+    // more: any R rows in sequence are a window.
+    auto** table = at<const Element*>(parts_.table);
+    for (int64_t row = 0; row < 2 * p_.r; ++row) {
+      for (int64_t ow = 0; ow < p_.out_w; ++ow) {
+        *table++ = input_row(row % p_.r) + ow * p_.stride_w * p_.c;
+      }
+    }
   }
 
   // Rows of the pooled images, counted through the batch.
   void operator()(Span rows) {
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const int64_t n = row / pool_.out_h, ph = row % pool_.out_h;
-      if (row == rows.begin || ph == 0) {
+      if (row != next_row_ || ph == 0) {
         image_ = n;
         next_input_ = next_conv_ = INT64_MIN;
       }
@@ -94,6 +100,7 @@ class StemRun {
       const Span conv = {max(first, 0), min(first + pool_.kernel_h, p_.out_h)};
       for (int64_t oh = max(conv.begin, next_conv_); oh < conv.end; ++oh) convolve(oh);
       next_conv_ = conv.end;
+      next_row_ = row + 1;
       pool_row(conv, static_cast<Element*>(a_.y) + row * pool_.out_w * p_.k);
     }
   }
@@ -102,7 +109,9 @@ class StemRun {
   // Elements are pooled as integers of their size. Of what a ReLU leaves, once the signs of zeros
   // and NaNs are cut off, a larger integer is a larger number, and the largest are NaNs.
   using Bits = typename BitsOf<sizeof(Element)>::Type;
-  static constexpr Bits kMagnitude = static_cast<Bits>(~(1u << (8 * sizeof(Bits) - 1)));
+  static Bits magnitude(Bits bits) {
+    return static_cast<Bits>(bits & static_cast<Bits>(~(1u << (8 * sizeof(Bits) - 1))));
+  }
 
   static Bits larger(Bits a, Bits b) { return a > b ? a : b; }
 
@@ -111,23 +120,36 @@ class StemRun {
     return reinterpret_cast<T*>(scratch_ + offset);
   }
 
-  Element* input_row(int64_t h) { return at<Element>(parts_.input + h % p_.r * parts_.input_row); }
+  // Of the ring, where row h of the image is number (h + padding) % R.
+  Element* input_row(int64_t number) { return at<Element>(number * parts_.input_row); }
 
   Element* conv_row(int64_t oh) {
     return at<Element>(parts_.conv + oh % pool_.kernel_h * parts_.conv_row);
   }
 
-  // Row h of the image, padded: [width][C].
+  // Row h of the image, padded: [width][C]; zeros above and below the image.
   template <class T>
   void copy_input_row(int64_t h) {
+    Element* row = input_row((h + p_.padding_h) % p_.r);
+    if (h < 0 || h >= p_.h) {
+      std::memset(row, 0, static_cast<size_t>(parts_.width * p_.c) * sizeof(Element));
+      return;
+    }
     const T* source = static_cast<const T*>(a_.x) + image_ * a_.x_stride_n + h * a_.x_stride_h;
-    Element* row = input_row(h);
     const int64_t left = min(p_.padding_w, parts_.width);
     const int64_t inside = min(p_.w, parts_.width - left);
     std::memset(row, 0, static_cast<size_t>(left * p_.c) * sizeof(Element));
     Element* out = row + left * p_.c;
     if (a_.x_stride_c == 1 && a_.x_stride_w == p_.c) {
       for (int64_t i = 0; i < inside * p_.c; ++i) out[i] = convert<Element>(source[i]);
+    } else if (a_.x_stride_w == 1 && p_.c == 3) {
+      // Written so that compilers make vectors of it.
+      const T *red = source, *green = source + a_.x_stride_c, *blue = green + a_.x_stride_c;
+      for (int64_t w = 0; w < inside; ++w) {
+        out[3 * w] = convert<Element>(red[w]);
+        out[3 * w + 1] = convert<Element>(green[w]);
+        out[3 * w + 2] = convert<Element>(blue[w]);
+      }
     } else {
       for (int64_t c = 0; c < p_.c; ++c) {
         const T* channel = source + c * a_.x_stride_c;
@@ -143,24 +165,17 @@ class StemRun {
   // Row oh of the convolution, with its ReLU: [OW][K].
   void convolve(int64_t oh) {
     const int64_t h0 = oh * p_.stride_h - p_.padding_h;
-    const int64_t end = min(h0 + p_.r, p_.h);
-    for (int64_t h = max(max(h0, next_input_), 0); h < end; ++h) {
+    for (int64_t h = max(h0, next_input_); h < h0 + p_.r; ++h) {
       if (a_.x_element == cpu::Element::kFloat32) {
         copy_input_row<float>(h);
       } else {
         copy_input_row<uint16_t>(h);
       }
     }
-    next_input_ = end;
+    next_input_ = h0 + p_.r;
 
-    auto** table = at<const Element*>(parts_.table);
-    for (int64_t r = 0; r < p_.r; ++r) {
-      const int64_t h = h0 + r;
-      const Element* row = h >= 0 && h < p_.h ? input_row(h) : at<const Element>(0);
-      for (int64_t ow = 0; ow < p_.out_w; ++ow) {
-        table[r * p_.out_w + ow] = row + ow * p_.stride_w * p_.c;
-      }
-    }
+    const Element* const* table =
+        at<const Element*>(parts_.table) + oh * p_.stride_h % p_.r * p_.out_w;
     TileTask<P> task = {};
     task.row_stride = p_.out_w;
     task.taps = p_.r;
@@ -186,30 +201,32 @@ class StemRun {
     }
   }
 
+  // out[i] = the largest of in(0)[i] .. in(count - 1)[i]; one pass where there are up to three.
+  template <class In>
+  static void largest_of(int64_t count, In in, int64_t n, Bits* __restrict out) {
+    const Bits *a = in(0), *b = in(min(1, count - 1)), *c = in(min(2, count - 1));
+    for (int64_t i = 0; i < n; ++i) {
+      out[i] = larger(larger(magnitude(a[i]), magnitude(b[i])), magnitude(c[i]));
+    }
+    for (int64_t j = 3; j < count; ++j) {
+      const Bits* more = in(j);
+      for (int64_t i = 0; i < n; ++i) out[i] = larger(out[i], magnitude(more[i]));
+    }
+  }
+
   // One row of the output from these rows of the convolution: first the largest of each column.
   void pool_row(Span conv, Element* y) {
-    const int64_t k = p_.k, elements = p_.out_w * k;
-    Bits* largest = at<Bits>(parts_.column_max);
-    for (int64_t oh = conv.begin; oh < conv.end; ++oh) {
-      const Bits* row = reinterpret_cast<const Bits*>(conv_row(oh));
-      if (oh == conv.begin) {
-        for (int64_t i = 0; i < elements; ++i) largest[i] = static_cast<Bits>(row[i] & kMagnitude);
-      } else {
-        for (int64_t i = 0; i < elements; ++i) {
-          largest[i] = larger(largest[i], static_cast<Bits>(row[i] & kMagnitude));
-        }
-      }
-    }
+    const int64_t k = p_.k;
+    Bits* columns = at<Bits>(parts_.column_max);
+    const auto row = [&](int64_t i) {
+      return reinterpret_cast<const Bits*>(conv_row(conv.begin + i));
+    };
+    largest_of(conv.size(), row, p_.out_w * k, columns);
     auto* out = reinterpret_cast<Bits*>(y);
     for (int64_t pw = 0; pw < pool_.out_w; ++pw, out += k) {
       const int64_t first = pw * pool_.stride_w - pool_.padding_w;
-      const int64_t begin = max(first, 0);
-      const int64_t end = min(first + pool_.kernel_w, p_.out_w);
-      std::memcpy(out, largest + begin * k, static_cast<size_t>(k) * sizeof(Bits));
-      for (int64_t w = begin + 1; w < end; ++w) {
-        const Bits* column = largest + w * k;
-        for (int64_t i = 0; i < k; ++i) out[i] = larger(out[i], column[i]);
-      }
+      const int64_t begin = max(first, 0), end = min(first + pool_.kernel_w, p_.out_w);
+      largest_of(end - begin, [=](int64_t i) { return columns + (begin + i) * k; }, k, out);
     }
   }
 
@@ -220,6 +237,7 @@ class StemRun {
   const StemScratch<P> parts_;
   std::byte* const scratch_;
   int64_t image_ = 0;
+  int64_t next_row_ = -1;                   // behind the last row of the output that is done
   int64_t next_input_ = 0, next_conv_ = 0;  // the rows of the image that are not in a ring yet
 };
 
@@ -238,7 +256,9 @@ void stem_run(const ConvProblem& problem, const PoolWindow& pool, const StemArgu
               const Team& team) {
   std::byte* scratch = arguments.scratch + team.rank * StemScratch<P>(problem, pool).bytes;
   StemRun<P> run(problem, pool, arguments, scratch);
-  run(share(int64_t{problem.n} * pool.out_h, team.rank, team.size));
+  // Where a thread goes on with its next unit, it goes on with the rows in its rings.
+  const int64_t rows = int64_t{problem.n} * pool.out_h, units = team.units_of(rows);
+  team.for_each(units, [&](int64_t unit) { run(part_of(rows, unit, units)); });
 }
 
 template <class P>

@@ -277,10 +277,14 @@ WinogradPlan WinogradKernel::plan_of(const ConvProblem& p, Element element, int 
   const int64_t v_tile = points * plan.tile_stride * operand;  // bytes of one tile
   const int64_t m_tile = points * plan.panel * 4;
 
-  // Alone, V and one panel of M take half of a core's cache, and weights pass through the rest;
+  // Alone, V and one panel of M take half of a core's cache, or less for the sake of several blocks
+  // a thread (unless every block transforms all weights anew), and weights pass through the rest;
   // fewer tiles than two register tiles would not pay for the passage.
+  const int64_t blocks_of_thread = compact_ ? 1 : 4;
   const int64_t cache = second_level_cache();
-  const int64_t alone = std::max<int64_t>(cache / 2 / (v_tile + m_tile), 2 * code.rows);
+  const int64_t fitting = cache / 2 / (v_tile + m_tile);
+  const int64_t even = threads == 1 ? fitting : divide_up(tiles, blocks_of_thread * threads);
+  const int64_t alone = std::max<int64_t>(std::min(fitting, even), 2 * code.rows);
   const int64_t alone_blocks = round_up(divide_up(tiles, alone), threads);
   // Together, V and M of a block lie in the caches of all cores and in the one they share.
   const int64_t together_tile = v_tile + m_tile * panels;

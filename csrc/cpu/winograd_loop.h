@@ -41,19 +41,31 @@ struct Float32Products : V {
   static void store_operand(float* p, typename V::Register v) { V::store_float(p, v); }
 };
 
+// What is fetched into the second-level cache beside a product, since it comes next: weights beyond
+// that cache are read once only, and no processor asks for them early enough by itself.
+struct Ahead {
+  const void* begin;
+  int64_t bytes;
+};
+
+constexpr int64_t kLineBytes = kLine * static_cast<int64_t>(sizeof(float));
+constexpr int kFetchSteps = 4;  // of a product, from one group of fetches to the next
+
 // c[kRows][kColumns vectors] = a b, or += with `add`: then the sum of these steps is rounded by
 // itself first, which keeps the error of long sums small. Row r of a: `depth_steps` steps of kDepth
-// operands at a + r * lda; b: [depth_steps][panel][kDepth]; c: rows of one panel.
+// operands at a + r * lda; b: [depth_steps][panel][kDepth]; c: rows of one panel. `lines` cache
+// lines from `ahead` on are fetched every kFetchSteps steps.
 template <class Math, int kRows, int kColumns>
 void multiply_tile(int64_t depth_steps, const typename Math::Operand* a, int64_t lda,
-                   const typename Math::Operand* b, float* c, bool add) {
+                   const typename Math::Operand* b, float* c, bool add, const char* ahead,
+                   int64_t lines) {
   using Register = typename Math::Register;
   constexpr int kWidth = Math::kWidth, kPanel = Math::kColumns * kWidth;
   Register sums[kRows][kColumns];
   unroll<kRows>([&](auto r) __attribute__((always_inline)) {
     unroll<kColumns>([&](auto v) __attribute__((always_inline)) { sums[r][v] = Math::zero(); });
   });
-  for (int64_t k = 0; k < depth_steps; ++k) {
+  const auto step = [&]() __attribute__((always_inline)) {
     typename Math::Pair columns[kColumns];
     unroll<kColumns>([&](auto v) __attribute__((always_inline)) {
       columns[v] = Math::load_columns(b + v * kWidth * Math::kDepth);
@@ -66,7 +78,13 @@ void multiply_tile(int64_t depth_steps, const typename Math::Operand* a, int64_t
     });
     a += Math::kDepth;
     b += kPanel * Math::kDepth;
+  };
+  int64_t k = 0;
+  for (; k + kFetchSteps <= depth_steps; k += kFetchSteps) {
+    for (int64_t i = 0; i < lines; ++i, ahead += kLineBytes) __builtin_prefetch(ahead, 0, 2);
+    unroll<kFetchSteps>([&](auto) __attribute__((always_inline)) { step(); });
   }
+  for (; k < depth_steps; ++k) step();
   unroll<kRows>([&](auto r) __attribute__((always_inline)) {
     unroll<kColumns>([&](auto v) __attribute__((always_inline)) {
       float* at = c + r * kPanel + v * kWidth;
@@ -80,25 +98,32 @@ void multiply_tile(int64_t depth_steps, const typename Math::Operand* a, int64_t
 // that no register tile is much lower than the rest.
 template <class Math, int kColumns = Math::kColumns>
 void multiply(int64_t rows, int columns, int64_t depth_steps, const typename Math::Operand* a,
-              int64_t lda, const typename Math::Operand* b, float* c, bool add) {
+              int64_t lda, const typename Math::Operand* b, float* c, bool add, Ahead ahead) {
   if constexpr (kColumns > 1) {
     if (columns < kColumns) {
-      return multiply<Math, kColumns - 1>(rows, columns, depth_steps, a, lda, b, c, add);
+      return multiply<Math, kColumns - 1>(rows, columns, depth_steps, a, lda, b, c, add, ahead);
     }
   }
   using Multiply = void (*)(int64_t, const typename Math::Operand*, int64_t,
-                            const typename Math::Operand*, float*, bool);
+                            const typename Math::Operand*, float*, bool, const char*, int64_t);
   static_assert(Math::kRows == 6);
   constexpr Multiply kByRows[] = {
       multiply_tile<Math, 1, kColumns>, multiply_tile<Math, 2, kColumns>,
       multiply_tile<Math, 3, kColumns>, multiply_tile<Math, 4, kColumns>,
       multiply_tile<Math, 5, kColumns>, multiply_tile<Math, 6, kColumns>,
   };
-  for (int64_t parts = (rows + Math::kRows - 1) / Math::kRows; parts > 0; --parts) {
+  int64_t parts = (rows + Math::kRows - 1) / Math::kRows;
+  // Spread evenly over all register tiles.
+  const char* fetched = static_cast<const char*>(ahead.begin);
+  const int64_t turns = depth_steps / kFetchSteps;
+  const int64_t bytes_of_turns = parts * max(turns, 1) * kLineBytes;
+  const int64_t lines = (ahead.bytes + bytes_of_turns - 1) / bytes_of_turns;
+  for (; parts > 0; --parts) {
     const int64_t count = (rows + parts - 1) / parts;
-    kByRows[count - 1](depth_steps, a, lda, b, c, add);
+    kByRows[count - 1](depth_steps, a, lda, b, c, add, fetched, lines);
     a += count * lda;
     c += count * Math::kColumns * Math::kWidth;
+    fetched += turns * lines * kLineBytes;
     rows -= count;
   }
 }
@@ -157,9 +182,9 @@ class Winograd {
 
   int64_t all_panels() const { return int64_t{p_.groups} * plan_.panels; }
 
-  // Every thread takes blocks of its own; panel after panel, so that M stays in the cache.
+  // Every thread takes whole blocks; panel after panel, so that M stays in the cache.
   void run_alone(const Team& team) const {
-    for (int64_t b = team.rank; b < plan_.blocks; b += team.size) {
+    team.for_each(plan_.blocks, [&](int64_t b) {
       const Range tiles = block(b);
       transform_inputs(tiles, {0, tiles.size() * all_input_vectors()});
       for (int64_t panel = 0; panel < all_panels(); ++panel) {
@@ -167,45 +192,49 @@ class Winograd {
           multiply_compact(tiles, panel, {0, kPairs});
         } else {
           for (int point = 0; point < kPoints * kPoints; ++point) {
-            multiply_point(tiles, panel, point);
+            multiply_point(tiles, panel, point, u_of(panel, point + 1));
           }
         }
-        for (int64_t t = tiles.begin; t < tiles.end; ++t) {
-          transform_outputs(tiles, t, panel, {0, panel_vectors(panel)});
-        }
+        transform_outputs(tiles, panel, {0, tiles.size()});
       }
-    }
+    });
   }
 
-  // Every block is divided among the threads, phase by phase. Two barriers a block suffice: the
-  // next block's inputs overwrite V, which nobody reads in the output phase, and its products come
-  // after its first barrier, which nobody passes before all have read M.
+  // Every block is divided among the threads, phase by phase.
   void run_together(const Team& team) const {
     for (int64_t b = 0; b < plan_.blocks; ++b) {
       const Range tiles = block(b);
-      transform_inputs(tiles, share(tiles.size() * all_input_vectors(), team));
+      const int64_t vectors = tiles.size() * all_input_vectors();
+      const int64_t input_units = team.units_of(vectors);
+      team.for_each(input_units, [&](int64_t unit) {
+        transform_inputs(tiles, part_of(vectors, unit, input_units));
+      });
       team.sync();
       if constexpr (kCompact) {
-        const Range units = share(all_panels() * kPairs, team);
-        for (int64_t panel = units.begin / kPairs; panel * kPairs < units.end; ++panel) {
-          multiply_compact(tiles, panel, part(units, panel * kPairs, kPairs));
-        }
+        // Whole panels, whose weights are then read once, if there are enough to share out.
+        const int64_t parts = 2 * all_panels() < team.units_of(INT64_MAX) ? kPairs : 1;
+        team.for_each(all_panels() * parts, [&](int64_t unit) {
+          multiply_compact(tiles, unit / parts, part_of(kPairs, unit % parts, parts));
+        });
       } else {
-        multiply_share(tiles, team);
+        // Points are outermost, so that a thread reads few points of V.
+        team.for_each(all_panels() * kPoints * kPoints, [&](int64_t unit) {
+          const int64_t next = unit + 1, panels = all_panels();
+          multiply_point(tiles, unit % panels, static_cast<int>(unit / panels),
+                         u_of(next % panels, static_cast<int>(next / panels)));
+        });
       }
       team.sync();
-      transform_outputs_share(tiles, team);
+      const int64_t parts = min(tiles.size(), (team.units_of(INT64_MAX) - 1) / all_panels() + 1);
+      team.for_each(all_panels() * parts, [&](int64_t unit) {
+        transform_outputs(tiles, unit / parts, part_of(tiles.size(), unit % parts, parts));
+      });
+      if (b + 1 < plan_.blocks) team.sync();
     }
   }
 
-  static Range share(int64_t n, const Team& team) {
-    return {n * team.rank / team.size, n * (team.rank + 1) / team.size};
-  }
-
-  // What a range has of [first, first + count), counted from there.
-  static Range part(Range range, int64_t first, int64_t count) {
-    const int64_t begin = range.begin - first, end = range.end - first;
-    return {begin > 0 ? begin : 0, end < count ? end : count};
+  static Range part_of(int64_t count, int64_t part, int64_t parts) {
+    return {count * part / parts, count * (part + 1) / parts};
   }
 
   // ---- input ------------------------------------------------------------------------------------
@@ -308,36 +337,30 @@ class Winograd {
             used.end < tiles.end ? used.end : tiles.end};
   }
 
-  void multiply_point(Range tiles, int64_t panel, int point) const {
+  int64_t steps() const { return (plan_.channels + Math::kDepth - 1) / Math::kDepth; }
+
+  // U of a panel and point; behind it lies that of the panel's next point.
+  const Operand* u_of(int64_t panel, int point) const {
+    return static_cast<const Operand*>(arguments_.weight) + panel * plan_.u_panel_stride +
+           point * (steps() * Math::kDepth * kPanel);
+  }
+
+  // `next`: the U that is read after this one.
+  void multiply_point(Range tiles, int64_t panel, int point, const Operand* next) const {
     const Range rows = with_point(tiles, point);
-    const int64_t steps = (plan_.channels + Math::kDepth - 1) / Math::kDepth;
-    const Operand* u = static_cast<const Operand*>(arguments_.weight) +
-                       panel * plan_.u_panel_stride + point * (steps * Math::kDepth * kPanel);
+    const int64_t steps = this->steps();
+    const Operand* u = u_of(panel, point);
     if (rows.size() == 0) return;
     const int64_t first = rows.begin - tiles.begin;
     const Operand* v = v_rows(panel, point, first);
+    constexpr int64_t kStep = Math::kDepth * kPanel;  // operands of U
     for (int64_t k = 0; k < steps; k += kSumSteps) {
-      multiply<Math>(rows.size(), panel_vectors(panel),
-                     steps - k < kSumSteps ? steps - k : kSumSteps, v + k * Math::kDepth,
-                     plan_.tile_stride, u + k * Math::kDepth * kPanel, m_rows(panel, point, first),
-                     k > 0);
-    }
-  }
-
-  // The pairs of point and panel whose products begin in this thread's share of all rows. Points
-  // are outermost, so that a thread reads few points of V.
-  void multiply_share(Range tiles, const Team& team) const {
-    int64_t total = 0;
-    for (int point = 0; point < kPoints * kPoints; ++point) {
-      total += with_point(tiles, point).size() * all_panels();
-    }
-    const Range mine = share(total, team);
-    int64_t done = 0;
-    for (int point = 0; point < kPoints * kPoints; ++point) {
-      const int64_t rows = with_point(tiles, point).size();
-      for (int64_t panel = 0; panel < all_panels(); ++panel, done += rows) {
-        if (done >= mine.begin && done < mine.end) multiply_point(tiles, panel, point);
-      }
+      const int64_t count = min(kSumSteps, steps - k);
+      const Operand* begin = u + k * kStep;
+      const Ahead ahead = {k + count < steps ? begin + count * kStep : next,
+                           min(kSumSteps, steps) * kStep * int64_t{sizeof(Operand)}};
+      multiply<Math>(rows.size(), panel_vectors(panel), count, v + k * Math::kDepth,
+                     plan_.tile_stride, begin, m_rows(panel, point, first), k > 0, ahead);
     }
   }
 
@@ -348,20 +371,26 @@ class Winograd {
     const int vectors = panel_vectors(panel);
     const Element* weight = static_cast<const Element*>(arguments_.weight) +
                             panel * (int64_t{plan_.channels} * 9 * kPanel);
+    const int64_t products = pairs.size() * 2 * kPoints;
     for (int64_t c = 0; c < plan_.channels; c += kCompactChannels) {
-      const int64_t left = plan_.channels - c;
-      const int64_t steps = left < kCompactChannels ? left : kCompactChannels;
+      const int64_t steps = min(kCompactChannels, plan_.channels - c);
+      const Element* begin = weight + c * 9 * kPanel;
+      // The next channels' weights, some beside each product.
+      const Element* next = begin + steps * 9 * kPanel;
       for (int64_t pair = pairs.begin; pair < pairs.end; ++pair) {
         dispatch_size<kPairs>(static_cast<int>(pair) + 1, [&](auto one_more) {
-          transform_weights<one_more - 1>(weight + c * 9 * kPanel, steps, vectors);
+          transform_weights<one_more - 1>(begin, steps, vectors);
         });
-        for (int i = 0; i < 2 * kPoints; ++i) {
-          const int point = static_cast<int>(pair) * 2 * kPoints + i;
-          const Range rows = with_point(tiles, point);
+        for (int64_t i = 0; i < 2 * kPoints; ++i) {
+          const int64_t point = pair * 2 * kPoints + i;
+          const Range rows = with_point(tiles, static_cast<int>(point));
           if (rows.size() == 0) continue;
           const int64_t first = rows.begin - tiles.begin;
+          const Range beside = part_of(next - begin, point - pairs.begin * 2 * kPoints, products);
+          const Ahead ahead = {next + beside.begin, beside.size() * int64_t{sizeof(Element)}};
           multiply<Math>(rows.size(), vectors, steps, v_rows(panel, point, first) + c,
-                         plan_.tile_stride, u_ + i * kUStride, m_rows(panel, point, first), c > 0);
+                         plan_.tile_stride, u_ + i * kUStride, m_rows(panel, point, first), c > 0,
+                         ahead);
         }
       }
     }
@@ -396,33 +425,22 @@ class Winograd {
 
   // ---- output -----------------------------------------------------------------------------------
 
-  void transform_outputs_share(Range tiles, const Team& team) const {
-    int64_t per_tile = 0;  // vectors
-    for (int64_t panel = 0; panel < all_panels(); ++panel) per_tile += panel_vectors(panel);
-    const Range mine = share(tiles.size() * per_tile, team);
-    int64_t done = 0;
-    for (int64_t panel = 0; panel < all_panels(); ++panel) {
-      const int64_t vectors = panel_vectors(panel);
-      for (int64_t t = tiles.begin; t < tiles.end; ++t, done += vectors) {
-        const Range here = part(mine, done, vectors);
-        if (here.size() > 0) transform_outputs(tiles, t, panel, here);
-      }
-    }
-  }
-
-  // Vectors [begin, end) of one panel of one tile.
-  void transform_outputs(Range tiles, int64_t index, int64_t panel, Range vectors) const {
-    const Tile tile = plan_.grid.tile(index);
-    const float* m = m_rows(panel, 0, index - tiles.begin);
+  // One panel of tiles [begin, end) of the block.
+  void transform_outputs(Range tiles, int64_t panel, Range part) const {
     const int64_t group = panel / plan_.panels;
     const int64_t column = (panel - group * plan_.panels) * kPanel;
-    for (int64_t v = vectors.begin; v < vectors.end; ++v) {
-      const int64_t first = column + v * kWidth, left = plan_.outputs - first;
-      const int64_t k = group * plan_.outputs + first;
-      if (left >= kWidth) {
-        transform_output(tile, m + v * kWidth, k, kWidth);
-      } else {
-        transform_output(tile, m + v * kWidth, k, left);
+    const int vectors = panel_vectors(panel);
+    for (int64_t t = part.begin; t < part.end; ++t) {
+      const Tile tile = plan_.grid.tile(tiles.begin + t);
+      const float* m = m_rows(panel, 0, t);
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t first = column + v * kWidth, left = plan_.outputs - first;
+        const int64_t k = group * plan_.outputs + first;
+        if (left >= kWidth) {
+          transform_output(tile, m + v * kWidth, k, kWidth);
+        } else {
+          transform_output(tile, m + v * kWidth, k, left);
+        }
       }
     }
   }
