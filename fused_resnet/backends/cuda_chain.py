@@ -73,6 +73,9 @@ def pack_reduce(weight: Tensor) -> Tensor:
 #: How a weight is packed, by its place in the kernel.
 PACK = {"taps": pack_taps, "pointwise": pack_pointwise, "reduce": pack_reduce}
 
+#: The layouts of the 3x3, the 1x1, the projection and the next 1x1.
+_LAYOUTS = ("taps", "pointwise", "pointwise", "reduce")
+
 
 def _aligned(vector: Tensor) -> Tensor:
     """A dense fp32 vector at an address of 16 bytes."""
@@ -131,8 +134,8 @@ class CudaChain(PackedChainKernel):
         return None
 
     def layouts(self, problem: ChainProblem, device: torch.device) -> tuple[str, ...]:
-        """See `PackedChainKernel`; there is no projection."""
-        return "taps", "pointwise", "pointwise", "reduce"
+        """See `PackedChainKernel`."""
+        return _LAYOUTS
 
     def pack_key(self, problem: str) -> str:
         """Which of the three weights it is."""
@@ -148,7 +151,7 @@ class CudaChain(PackedChainKernel):
         """See `Kernel`."""
         mid, residual, *convs = args
         packed: list[Tensor | None] = []
-        for i, layout in enumerate(("taps", "pointwise", "pointwise", "reduce")):
+        for i, layout in enumerate(_LAYOUTS):
             weight, scale, shift = convs[3 * i : 3 * i + 3]
             absent = weight is None
             packed += (None,) * 3 if absent else self.packed(layout, weight, scale, shift)
