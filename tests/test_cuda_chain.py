@@ -185,6 +185,9 @@ class TestKernel:
         assert kernel.supports(chain_problem(128, following=256), device) is None
         refusal = kernel.supports(problem_of("whole", 128, "float16", "strided"), device)
         assert refusal == "needs 125184 bytes of shared memory, this GPU has 101376"
+        gpu.major = 12
+        assert kernel.supports(chain_problem(128), device) is None
+        assert "spills" in (kernel.supports(chain_problem(128, following=256), device) or "")
 
     def test_shared_memory_is_that_of_the_smallest_kernel(self) -> None:
         found: dict[tuple[int, ...], int] = {}
