@@ -65,7 +65,7 @@ sanitize:
 # Tens of minutes at first; compiled kernels stay in .cache. ARGS='--arch 90 --batch 32' does a part
 # of Triton's.
 certify: $(DONE)/dev
-	TRITON_CACHE_DIR=$(abspath .cache/triton) $(BIN)/python benchmarks/certify_triton.py \
+	TRITON_CACHE_DIR=$(abspath .cache/triton) $(BIN)/python -m benchmarks.certify_triton \
 	  --jobs $(JOBS) $(ARGS)
 	$(BIN)/python -m benchmarks.certify_cuda
 

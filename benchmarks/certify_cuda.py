@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -93,23 +94,36 @@ def conv_config(
     return Config(key, pattern, 256 if wide else 128, tile.shared_bytes)
 
 
+#: Architectures whose blocks may have 163 KiB of shared memory, and 227 KiB.
+MEDIUM_SHARED, LARGE_SHARED = ("sm_80", "sm_90", "sm_100"), ("sm_90", "sm_100")
+
+#: The chained bottlenecks, as ``ChainTiles`` of ``csrc/cuda/chain_args.h`` has them: what the
+#: certificate calls it, its template arguments, shared bytes, and where it is launched.
+CHAIN_TILES: tuple[tuple[str, tuple[int, ...], int, tuple[str, ...]], ...] = (
+    ("64 resident next", (64, 64, 0, 1, 8, 17), 162304, MEDIUM_SHARED),
+    ("64 streamed next", (64, 64, 0, 1, 8, 4), 55808, ()),
+    ("64 resident last", (64, 0, 0, 1, 8, 17), 162304, MEDIUM_SHARED),
+    ("64 streamed last", (64, 0, 0, 1, 8, 4), 55808, ()),
+    ("64 resident wider", (64, 128, 0, 1, 8, 25), 227840, LARGE_SHARED),
+    ("64 streamed wider", (64, 128, 0, 1, 8, 4), 55808, ()),
+    ("64 resident projected", (64, 64, 64, 1, 8, 25), 227840, LARGE_SHARED),
+    ("64 streamed projected", (64, 64, 64, 1, 8, 4), 55808, ()),
+    ("128 streamed next", (128, 128, 0, 1, 8, 3), 95232, ()),
+    ("128 streamed last", (128, 0, 0, 1, 8, 3), 95232, ()),
+    ("128 streamed wider", (128, 256, 0, 1, 8, 3), 95232, ("sm_86", "sm_89", *MEDIUM_SHARED)),
+    ("128 streamed strided", (128, 128, 256, 2, 8, 3), 192768, LARGE_SHARED),
+    ("128 short strided", (128, 128, 256, 2, 4, 3), 125184, ("sm_80",)),
+)
+
+
 def chain_configs() -> Iterator[Config]:
-    """The chained bottlenecks, see ``csrc/cuda/chain_args.h``."""
-    resident = ("sm_80", "sm_90", "sm_100")
-    kinds = (
-        ("64 resident", 64, 17, 162304, resident),
-        ("64 streamed", 64, 4, 55808, ()),
-        ("128 streamed", 128, 3, 95232, ()),
-    )
+    """The chained bottlenecks."""
     for arithmetic in ("float16", "bfloat16"):
-        for kind, mid, stages, shared, archs in kinds:
-            for suffix, following in (("next", mid), ("last", 0)):
-                pattern = re.compile(
-                    rf"16bottleneck_chainI\w*{MATHS[arithmetic]}\w*"
-                    rf"ChainTileILi{mid}ELi{following}ELi{stages}E"
-                )
-                key = f"bottleneck_chain {arithmetic} {kind} {suffix}"
-                yield Config(key, pattern, 256, shared, archs)
+        for kind, parameters, shared, archs in CHAIN_TILES:
+            tile = "".join(f"Li{parameter}E" for parameter in parameters)
+            pattern = re.compile(rf"16bottleneck_chainI\w*{MATHS[arithmetic]}\w*ChainTileI{tile}E")
+            threads = 32 * parameters[4]
+            yield Config(f"bottleneck_chain {arithmetic} {kind}", pattern, threads, shared, archs)
 
 
 def configs() -> Iterator[Config]:
@@ -269,52 +283,69 @@ def traffic(index: int) -> dict[str, Any]:
 class ChainCase:
     """A chained bottleneck as the emulator counts it: an image of ``size`` x ``size`` pixels.
 
-    ``blocks`` are so many that each computes about as many tiles as at batch 32 on an A100.
+    ``size`` is that of ``out``. ``way`` is as `tests.cuda_emulated.plan_chain` has it, ``options``
+    are those of `tests.chain_cases.chain_problem`. ``blocks`` are so many that each computes about
+    as many tiles as at batch 32 on an A100.
     """
 
     mid: int
-    resident: bool
+    way: str
     size: int
     blocks: int
+    options: tuple[tuple[str, Any], ...] = ()
 
 
+_PROJECTED, _STRIDED = (("proj", 64),), (("proj", 256), ("stride", 2), ("step", 1))
+
+#: The blocks of ResNet-50's first two stages: inner ones, last ones, first ones.
 CHAINS = (
-    ChainCase(64, True, 56, 4),
-    ChainCase(64, False, 56, 4),
-    ChainCase(128, False, 28, 3),
+    ChainCase(64, "resident", 56, 4),
+    ChainCase(64, "streamed", 56, 4),
+    ChainCase(128, "streamed", 28, 3),
+    ChainCase(64, "resident", 56, 4, (("following", 128), ("store", "even"))),
+    ChainCase(64, "streamed", 56, 4, (("following", 128), ("store", "even"))),
+    ChainCase(128, "streamed", 28, 3, (("following", 256), ("store", "even"))),
+    ChainCase(64, "resident", 56, 4, _PROJECTED),
+    ChainCase(64, "streamed", 56, 4, _PROJECTED),
+    ChainCase(128, "streamed", 28, 3, _STRIDED),
+    ChainCase(128, "short", 28, 3, _STRIDED),
 )
 
 
 def chain_traffic(case: ChainCase) -> dict[str, Any]:
-    """Bytes a pixel that the emulator counts when it executes a chained bottleneck.
+    """Bytes for each pixel of ``out`` that the emulator counts as it executes a chained bottleneck.
 
     ``dram`` are distinct bytes of activations, ``l2`` all bytes of activations and weights that
     blocks ask for. ``triton_l2``, the same of the Triton kernel, is reckoned: a program of 128
-    pixels reads 34 M^2 bytes of weights, and each pixel 9 M channels for the 3x3 and, once, 18 M
-    bytes of residual, out and mid_next. Scales and shifts, a few KB, are left out of both: they
-    stay in L1.
+    pixels reads all weights, and each pixel 9 M channels for the 3x3 and, once, its residual, out
+    and mid_next. Scales and shifts, a few KB, are left out of both: they stay in L1.
     """
     from tests import cuda_emulated as emulated
     from tests.chain_cases import chain_data, chain_problem
 
     run = emulated.Run(checked=True)
     m, pixels = case.mid, case.size**2
-    problem = chain_problem(m, 1, case.size, case.size)
-    emulated.bottleneck_chain(run, problem, case.resident, case.blocks, *chain_data(problem))
+    options = dict(case.options)
+    side = case.size * options.get("stride", 1)
+    problem = chain_problem(m, 1, side, side, **options)
+    emulated.bottleneck_chain(run, problem, case.way, case.blocks, *chain_data(problem))
     (report,) = run.reports
     report.raise_findings()
     buffers = report.buffers
     activations = [buffers[name] for name in ("mid1", "residual", "out", "mid_next")]
     moved = sum(b.unique_bytes_read + b.unique_bytes_written for b in activations)
-    weights = [buffers[name] for name in ("weight2", "weight3", "weight1")]
+    weights = [b for name, b in buffers.items() if name.startswith("weight")]
     asked = sum(b.bytes_read + b.bytes_written for b in (*activations, *weights))
     kinds = ("ldmatrix", "cp_async")
+    out = prod(problem.out_shape) / pixels
+    once = (problem.proj or problem.k) + out + problem.next
+    parameters = 9 * m * m + problem.k * (m + problem.proj + problem.next)
     return {
         "kernel": report.kernel,
         "dram": moved / pixels,
-        "least_dram": 20.0 * m,
+        "least_dram": 2 * (prod((m, side, side)) / pixels + once),
         "l2": round(asked / pixels, 1),
-        "triton_l2": 34 * m * m / 128 + 2 * 9 * m + 18 * m,
+        "triton_l2": 2 * (parameters / 128 + 9 * m + once),
         "conflicts": {kind: report.conflicts(kind) for kind in kinds},
     }
 

@@ -1,12 +1,13 @@
 """Certificates of the Triton backend: compile every launch for every GPU and judge the code.
 
-    python benchmarks/certify_triton.py [--arch 80 90] [--dtype float16] [--batch 1] [--jobs 2]
-        [--kind conv chain]
+    python -m benchmarks.certify_triton [--arch 80 90] [--dtype float16] [--batch 1] [--jobs 2]
+        [--kind conv chain] [--out FOLDER]
 
-Needs no GPU, and times nothing: all that it says of speed is *predicted*. Writes
-``benchmarks/certificates/triton.json`` and ``triton_chain.json``, and prints one line for each
+Needs no GPU, and times nothing: all that it says of speed is *predicted*. Prints one line for each
 kernel and GPU; the exit status says whether all keep the promises of the space of configurations.
-Compiled kernels are cached by Triton, so that a second run is quick.
+Without a selection it writes ``benchmarks/certificates/triton.json``, ``triton_chain.json`` and the
+page docs/certificates.md; a selection goes to a folder of its own (``--out``) or nowhere. Compiled
+kernels are cached by Triton, so that a second run is quick.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import triton
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks import certificate_tables
 from fused_resnet.backends.triton_.certify import (
     Case,
     cases,
@@ -36,8 +38,7 @@ from fused_resnet.backends.triton_.certify import (
 from fused_resnet.backends.triton_.config import ARCHS
 from fused_resnet.certify import Certificate, to_json
 
-OUT = Path(__file__).parent / "certificates"
-FILES = {"conv": "triton.json", "chain": "triton_chain.json"}
+FILES = {"conv": certificate_tables.CONV, "chain": certificate_tables.CHAIN}
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 Selection = tuple[str, tuple[int, ...], tuple[str, ...], tuple[int, ...]]
@@ -77,10 +78,13 @@ def main() -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--kind", nargs="+", choices=FILES, default=list(FILES))
-    parser.add_argument("--out", type=Path, default=OUT, help="folder")
+    parser.add_argument("--out", type=Path, help="folder for the certificates of a selection")
     options = parser.parse_args()
+    selections = ("arch", "dtype", "batch", "kind")
+    whole = all(getattr(options, name) == parser.get_default(name) for name in selections)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
 
-    options.out.mkdir(parents=True, exist_ok=True)
     console, broken = Console(width=200), []
     for kind in options.kind:
         selection = kind, tuple(options.arch), tuple(options.dtype), tuple(options.batch)
@@ -88,10 +92,14 @@ def main() -> int:
         for case, certificate in certified(selection, options.jobs):
             certificates[name_of(case)] = certificate
             broken += [f"{name_of(case)}: {why}" for why in complaints(case, certificate)]
-        path = options.out / FILES[kind]
-        path.write_text(to_json(certificates, {"triton": triton.__version__}))
         console.print(summary(certificates))
-        console.print(f"{len(certificates)} certificates in {path}")
+        if options.out is not None or whole:
+            path = FILES[kind] if options.out is None else options.out / FILES[kind].name
+            path.write_text(to_json(certificates, {"triton": triton.__version__}))
+            console.print(f"{len(certificates)} certificates in {path}")
+    if whole and options.out is None:
+        certificate_tables.main()
+        console.print(f"tables in {certificate_tables.PATH}")
     console.print(f"{len(broken)} complaints")
     for line in broken:
         console.print(line, style="red")

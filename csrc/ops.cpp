@@ -290,12 +290,17 @@ at::Tensor cuda_stem(const at::Tensor& x, const at::Tensor& weight, const at::Te
   return y;
 }
 
-// (out, mid_next); mid_next has no channels where weight1 is not given.
+// (out, mid_next); mid_next has no channels where weight1 is not given. With weight_proj `residual`
+// is the input of a projection, read at every step-th row and column; with `even` only the pixels
+// of even row and column are stored.
 std::tuple<at::Tensor, at::Tensor> cuda_bottleneck_chain(
     const at::Tensor& mid1, const at::Tensor& residual, const at::Tensor& weight2,
     const at::Tensor& scale2, const at::Tensor& shift2, const at::Tensor& weight3,
-    const at::Tensor& scale3, const at::Tensor& shift3, const std::optional<at::Tensor>& weight1,
-    const std::optional<at::Tensor>& scale1, const std::optional<at::Tensor>& shift1) {
+    const at::Tensor& scale3, const at::Tensor& shift3,
+    const std::optional<at::Tensor>& weight_proj, const std::optional<at::Tensor>& scale_proj,
+    const std::optional<at::Tensor>& shift_proj, const std::optional<at::Tensor>& weight1,
+    const std::optional<at::Tensor>& scale1, const std::optional<at::Tensor>& shift1,
+    int64_t stride, int64_t step, bool even) {
   constexpr const char* kOp = "cuda_bottleneck_chain";
   constexpr auto kNhwc = at::MemoryFormat::ChannelsLast;
   const auto aligned = [](const at::Tensor& t) {
@@ -305,19 +310,33 @@ std::tuple<at::Tensor, at::Tensor> cuda_bottleneck_chain(
                    ": expected float16 or bfloat16, found ", mid1.scalar_type());
   TORCH_CHECK_VALUE(mid1.dim() == 4 && mid1.is_contiguous(kNhwc) && aligned(mid1), kOp,
                     ": expected mid1 [N, C, H, W], aligned and dense in channels_last order");
-  const int64_t mid = mid1.size(1), pixels = mid1.size(0) * mid1.size(2) * mid1.size(3);
+  const int64_t n = mid1.size(0), mid = mid1.size(1), pixels = n * mid1.size(2) * mid1.size(3);
   TORCH_CHECK_VALUE(mid == 64 || mid == 128, kOp, ": serves 64 and 128 channels, not ", mid);
-  check_on_device(residual, mid1, kOp, "residual");
-  TORCH_CHECK_VALUE(
-      residual.sizes() == at::IntArrayRef({mid1.size(0), 4 * mid, mid1.size(2), mid1.size(3)}) &&
-          residual.is_contiguous(kNhwc) && residual.scalar_type() == mid1.scalar_type() &&
-          aligned(residual),
-      kOp, ": expected a residual of 4 times the channels of mid1, aligned and dense, found ",
-      residual.sizes());
+  TORCH_CHECK_VALUE((stride == 1 || stride == 2) && (step == 1 || step == stride), kOp,
+                    ": expected stride 1 or 2 and a step of 1 or the stride, found ", stride,
+                    " and ", step);
   TORCH_CHECK_VALUE(pixels < (int64_t{1} << 30), kOp, ": ", pixels, " pixels are too many");
-  const auto packed = [&](const at::Tensor& t, int64_t taps, const char* name) {
+  const int64_t out_h = (mid1.size(2) - 1) / stride + 1, out_w = (mid1.size(3) - 1) / stride + 1;
+
+  const bool has_proj = weight_proj.has_value(), has_next = weight1.has_value();
+  TORCH_CHECK_VALUE(scale_proj.has_value() == has_proj && shift_proj.has_value() == has_proj, kOp,
+                    ": weight_proj, scale_proj and shift_proj go together");
+  TORCH_CHECK_VALUE(scale1.has_value() == has_next && shift1.has_value() == has_next, kOp,
+                    ": weight1, scale1 and shift1 go together");
+  check_on_device(residual, mid1, kOp, "residual");
+  TORCH_CHECK_VALUE(residual.dim() == 4 && residual.is_contiguous(kNhwc) &&
+                        residual.scalar_type() == mid1.scalar_type() && aligned(residual),
+                    kOp, ": expected a residual [N, C, H, W], aligned and dense, of mid1's dtype");
+  const int64_t residual_h = residual.size(2), residual_w = residual.size(3);
+  TORCH_CHECK_VALUE(residual.size(0) == n && (residual_h - 1) / step + 1 == out_h &&
+                        (residual_w - 1) / step + 1 == out_w &&
+                        (has_proj || (residual.size(1) == 4 * mid && step == 1)),
+                    kOp, ": expected a residual for ", n, " x ", 4 * mid, " x ", out_h, " x ",
+                    out_w, ", found ", residual.sizes());
+
+  const auto packed = [&](const at::Tensor& t, int64_t elements, const char* name) {
     check_on_device(t, mid1, kOp, name);
-    TORCH_CHECK_VALUE(t.numel() == taps * mid * mid && t.is_contiguous() && aligned(t) &&
+    TORCH_CHECK_VALUE(t.numel() == elements && t.is_contiguous() && aligned(t) &&
                           t.scalar_type() == mid1.scalar_type(),
                       kOp, ": ", name, " is not the packed weight of these channels");
     return t.const_data_ptr();
@@ -328,31 +347,40 @@ std::tuple<at::Tensor, at::Tensor> cuda_bottleneck_chain(
     return static_cast<const float*>(t.const_data_ptr());
   };
   ChainArgs args = {};
-  args.n = index32(mid1.size(0), "N");
+  args.n = index32(n, "N");
   args.h = index32(mid1.size(2), "H");
   args.w = index32(mid1.size(3), "W");
   args.mid = static_cast<int32_t>(mid);
+  args.stride = static_cast<int32_t>(stride);
+  args.step = static_cast<int32_t>(step);
+  args.residual_h = index32(residual_h, "H of residual");
+  args.residual_w = index32(residual_w, "W of residual");
+  args.even = even;
   args.mid1 = mid1.const_data_ptr();
-  args.weight2 = packed(weight2, 9, "weight2");
-  args.weight3 = packed(weight3, 4, "weight3");
+  args.weight2 = packed(weight2, 9 * mid * mid, "weight2");
+  args.weight3 = packed(weight3, 4 * mid * mid, "weight3");
   args.scale2 = floats(scale2, mid, "scale2");
   args.shift2 = floats(shift2, mid, "shift2");
   args.scale3 = floats(scale3, 4 * mid, "scale3");
   args.shift3 = floats(shift3, 4 * mid, "shift3");
   args.residual = residual.const_data_ptr();
-  const bool has_next = weight1.has_value();
-  TORCH_CHECK_VALUE(scale1.has_value() == has_next && shift1.has_value() == has_next, kOp,
-                    ": weight1, scale1 and shift1 go together");
+  if (has_proj) {
+    args.proj = index32(residual.size(1), "channels of residual");
+    args.weight_proj = packed(*weight_proj, 4 * mid * args.proj, "weight_proj");
+    args.scale_proj = floats(*scale_proj, 4 * mid, "scale_proj");
+    args.shift_proj = floats(*shift_proj, 4 * mid, "shift_proj");
+  }
   if (has_next) {
-    args.weight1 = packed(*weight1, 4, "weight1");
-    args.scale1 = floats(*scale1, mid, "scale1");
-    args.shift1 = floats(*shift1, mid, "shift1");
+    args.next = index32(scale1->numel(), "channels of scale1");
+    args.weight1 = packed(*weight1, 4 * mid * args.next, "weight1");
+    args.scale1 = floats(*scale1, args.next, "scale1");
+    args.shift1 = floats(*shift1, args.next, "shift1");
   }
 
   const c10::cuda::CUDAGuard guard(mid1.device());
-  const at::Tensor out = at::empty(residual.sizes(), residual.options(), kNhwc);
-  const at::Tensor mid_next =
-      at::empty({args.n, has_next ? mid : 0, args.h, args.w}, mid1.options(), kNhwc);
+  const int64_t kept_h = even ? (out_h + 1) / 2 : out_h, kept_w = even ? (out_w + 1) / 2 : out_w;
+  const at::Tensor out = at::empty({n, 4 * mid, kept_h, kept_w}, mid1.options(), kNhwc);
+  const at::Tensor mid_next = at::empty({n, args.next, out_h, out_w}, mid1.options(), kNhwc);
   if (pixels == 0) return {out, mid_next};
   args.out = out.mutable_data_ptr();
   if (has_next) args.mid_next = mid_next.mutable_data_ptr();

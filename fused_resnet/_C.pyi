@@ -105,15 +105,24 @@ def cuda_bottleneck_chain(
     weight3: Tensor,
     scale3: Tensor,
     shift3: Tensor,
+    weight_proj: Tensor | None,
+    scale_proj: Tensor | None,
+    shift_proj: Tensor | None,
     weight1: Tensor | None,
     scale1: Tensor | None,
     shift1: Tensor | None,
+    stride: int,
+    step: int,
+    even: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(out, mid_next) of a chained bottleneck of stride 1, in float16 and bfloat16.
+    """(out, mid_next) of a chained bottleneck, in float16 and bfloat16.
 
-    mid1 [N, M, H, W] with M 64 or 128 and residual [N, 4 M, H, W] are dense in channels_last
-    order; the weights are packed by ``fused_resnet.backends.cuda_chain``; mid_next [N, M, H, W]
-    has no channels without ``weight1``. Raises as ``cuda_conv_implicit_gemm``.
+    mid1 [N, M, H, W] with M 64 or 128 and residual [N, 4 M, OH, OW] are dense in channels_last
+    order; with ``weight_proj`` the residual is a projection's input, read at every ``step``-th row
+    and column. The weights are packed by ``fused_resnet.backends.cuda_chain``; mid_next
+    [N, L, OH, OW] has no channels without ``weight1``; with ``even`` out has only the pixels of
+    even row and column. Raises as ``cuda_conv_implicit_gemm``, also where there is no kernel for
+    these channels and this stride.
     """
 
 def cuda_add_relu(a: Tensor, b: Tensor, inplace: bool) -> Tensor:

@@ -20,9 +20,6 @@ def load_extension() -> tuple[ModuleType | None, str | None]:
     Returns:
         The extension and None, or None and a sentence that says why there is none: it was not
         built, it does not load, or it was built against another torch, whose tensors differ.
-
-    Raises:
-        ValueError: ``FUSED_RESNET_ISA`` names a level that this CPU cannot run.
     """
     try:
         extension = importlib.import_module("fused_resnet._C")
@@ -36,8 +33,16 @@ def load_extension() -> tuple[ModuleType | None, str | None]:
             f"the extension was built against torch {built}, but torch {torch.__version__} is "
             f"running; {_REBUILD}"
         )
-    extension.isa()
     return extension, None
+
+
+def _wrong_isa(extension: ModuleType | None) -> str | None:
+    try:
+        if extension is not None:
+            extension.isa()
+    except ValueError as error:
+        return f"environment variable {error}"
+    return None
 
 
 def _warn(reason: str) -> str:
@@ -56,3 +61,5 @@ extension: ModuleType | None
 #: Why it cannot be used; None if it can.
 extension_error: str | None
 extension, extension_error = load_extension()
+#: What is wrong with ``FUSED_RESNET_ISA``; None if nothing is. An error where a kernel is chosen.
+isa_error: str | None = _wrong_isa(extension)

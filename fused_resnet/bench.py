@@ -224,19 +224,30 @@ class Report:
         found = data.get("schema") if isinstance(data, dict) else None
         if found != SCHEMA:
             raise UserError(f"{path} is no report that can be read: schema {found}, not {SCHEMA}")
-        facts = data.pop("machine")
-        for key in ("features", "gpus"):
-            facts[key] = tuple(facts[key])
-        results = []
-        for r in data.pop("results"):
-            r["case"]["backends"] = tuple(r["case"]["backends"])
-            measured = {k: Measured(**m) for k, m in r["contenders"].items()}
-            results.append(Result(Case(**r["case"]), measured))
-        layers = [NetworkLayers.from_dict(d) for d in data.pop("layers", [])]
-        ceilings = [Ceiling(**d) for d in data.pop("ceilings", [])]
-        return Report(
-            machine=Machine(**facts), results=results, layers=layers, ceilings=ceilings, **data
-        )
+        try:
+            return _report(data)
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            reason = f"{type(e).__name__}: {e}"
+            raise UserError(f"{path} is no report that can be read: {reason}") from None
+
+
+def _report(data: dict[str, Any]) -> Report:
+    """The report of such data; any of the errors of a dict if they are of another form."""
+    facts = data.pop("machine")
+    for key in ("features", "gpus"):
+        facts[key] = tuple(facts[key])
+    results = []
+    for r in data.pop("results"):
+        r["case"]["backends"] = tuple(r["case"]["backends"])
+        measured = {k: Measured(**m) for k, m in r["contenders"].items()}
+        for m in measured.values():
+            m.seconds = [float(s) for s in m.seconds]
+        results.append(Result(Case(**r["case"]), measured))
+    layers = [NetworkLayers.from_dict(d) for d in data.pop("layers", [])]
+    ceilings = [Ceiling(**d) for d in data.pop("ceilings", [])]
+    return Report(
+        machine=Machine(**facts), results=results, layers=layers, ceilings=ceilings, **data
+    )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -220,6 +220,19 @@ class ChainedModel(nn.Module):
         """Copies and pickles are of the model; the graph is made anew."""
         return chain, self._source
 
+    def unchained(self) -> nn.Module:
+        """The model that it was made from, fused nowhere; all parameters and buffers are shared.
+
+        Raises:
+            RuntimeError: there are hooks on the chained model, which the other has not.
+            ValueError: in train mode.
+        """
+        if self.training:
+            raise ValueError("a chained model is for inference, but it is in train mode")
+        if any(hooks.is_on(module) for module in (self, self.body)):
+            raise RuntimeError("a chained model with hooks has none of them when it is unchained")
+        return self._source[0]
+
     def forward(self, *inputs: Any) -> Any:
         """The model's result.
 

@@ -29,6 +29,7 @@ from fused_resnet.ops import (
     _remember,
     _remembered,
     channels_last,
+    check_no_tangent,
 )
 from fused_resnet.problem import STORES, ChainProblem, channels_last_strides
 
@@ -52,6 +53,7 @@ def _check_no_gradient(tensors: tuple[Tensor | None, ...]) -> None:
             "fused_resnet::bottleneck_chain is for inference and has no gradient, but an argument "
             "requires one; call it under torch.no_grad() or torch.inference_mode()"
         )
+    check_no_tangent("bottleneck_chain", "the model that was not chained")
 
 
 def _check_conv(

@@ -74,8 +74,8 @@ class LayerCheck:
         problem: shapes, dtype and epilogue.
         kernel: what computed it.
         fused: error of this op alone, given its actual input.
-        stock: error of stock torch's modules given the same input, the larger of those of both
-            memory layouts.
+        stock: error of stock torch's modules given the same input, in channels_last, the op's own
+            layout.
         passed: whether the rule is met.
         total_fused: error accumulated from the model's input up to here, on the first image.
         total_stock: the same where stock ATen computes every op.
@@ -399,33 +399,26 @@ def _check_op(
     """Judge the results of one op by what float64 and stock torch make of its operands."""
     problem = choice.problem
     exact: tuple[Tensor, ...]
-    stocks: list[tuple[Tensor, ...]]
+    stock: tuple[Tensor, ...]
     if isinstance(problem, ConvProblem):
         x, weight, *rest = operands
         assert x is not None
         assert weight is not None
         vectors: Any = rest if len(rest) == 3 else (*rest, None)
         exact = (reference_conv(problem, x, weight, *vectors),)
-        stocks = [
-            (
-                stock_conv(
-                    problem,
-                    x.contiguous(memory_format=f),
-                    weight.contiguous(memory_format=f),
-                    *vectors,
-                ),
-            )
-            for f in (torch.contiguous_format, torch.channels_last)
-        ]
+        # Stock torch in the op's own layout. With few pixels and many channels it is up to 5 times
+        # as far off there as in NCHW, so that it would fail itself if the smaller error counted;
+        # the larger of both would let through more than the rule means.
+        last = [t.contiguous(memory_format=torch.channels_last) for t in (x, weight)]
+        stock = (stock_conv(problem, last[0], last[1], *vectors),)
     elif isinstance(problem, ChainProblem):
-        exact, stocks = reference_chain(problem, *operands), [stock_chain(problem, *operands)]
+        exact, stock = reference_chain(problem, *operands), stock_chain(problem, *operands)
     else:
         a, b = operands
         assert a is not None
         assert b is not None
-        exact, stocks = (torch.relu(a.double() + b.double()),), [(torch.relu(a + b),)]
-    found = largest(*map(error, results, exact))
-    allowed = largest(*(error(*pair) for s in stocks for pair in zip(s, exact, strict=True)))
+        exact, stock = (torch.relu(a.double() + b.double()),), (torch.relu(a + b),)
+    found, allowed = (largest(*map(error, r, exact)) for r in (results, stock))
     passed, _ = _judge(found, allowed, results[0].dtype)
     return LayerCheck(name, str(problem), choice.kernel.full_name, found, allowed, passed)
 

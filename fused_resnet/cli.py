@@ -20,7 +20,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from fused_resnet import backends, bench_table, images, zoo
+from fused_resnet import _build, backends, bench_table, images, zoo
 from fused_resnet.bench import Report, Settings
 from fused_resnet.bench import bench as run_bench
 from fused_resnet.check import check as run_check
@@ -101,6 +101,9 @@ def _command(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
+            wrong = backends.environment_error or _build.isa_error
+            if wrong is not None and function.__name__ != "doctor":
+                raise UserError(wrong)
             function(*args, **kwargs)
         except UserError as e:
             err.print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True)
@@ -144,7 +147,8 @@ def bench(
     peers: Annotated[
         bool,
         typer.Option(
-            "--peers", help="Also time torch.compile, ONNX Runtime and OpenVINO, where installed."
+            "--peers",
+            help="Also time torch.compile, ONNX Runtime, OpenVINO, TensorRT, cuDNN where they run.",
         ),
     ] = False,
     tune: Annotated[

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fused_resnet import peers, zoo
+from fused_resnet import backends, peers, zoo
+from fused_resnet.backends import cudnn
 from fused_resnet.optimize import optimize
 
 #: What is timed: from a batch to whatever the network returns.
@@ -73,6 +74,18 @@ def _plan(name: str, stock: nn.Module, example: Tensor) -> Run:
     return optimize(zoo.fused(name, stock), example, progress=False)
 
 
+def _cudnn(name: str, stock: nn.Module, example: Tensor) -> Run:
+    # A plan whose convolutions are graphs of cuDNN, with batch norm, sum and ReLU inside.
+    with backends.backend("cudnn"):
+        return optimize(zoo.fused(name, stock), example, progress=False)
+
+
+def _no_cudnn(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return f"cuDNN has no fused graphs in {dtype}"
+    return cudnn.unavailable(device)
+
+
 def _compiled(_name: str, stock: nn.Module, _example: Tensor) -> Run:
     # One shape: code that is specialised to it is the quickest that the compiler makes.
     run: Run = torch.compile(stock, dynamic=False)
@@ -97,6 +110,8 @@ CONTENDERS: dict[str, Contender] = {
         "ONNX Runtime", "peer", False, peers.onnxruntime, peers.why_no_onnxruntime
     ),
     "openvino": Contender("OpenVINO", "peer", False, peers.openvino, peers.why_no_openvino),
+    "tensorrt": Contender("TensorRT", "peer", False, peers.tensorrt, peers.why_no_tensorrt),
+    "cudnn": Contender("cuDNN, fused", "peer", True, _cudnn, _no_cudnn),
     "fused": Contender("fused", "ours", True, _fused),
     "plan": Contender("plan", "ours", False, _plan),
 }

@@ -142,7 +142,7 @@ def _processor(facts: Machine) -> Iterator[Finding]:
         yield Finding("Processor", "memory", megabytes(facts.memory))
     features = f" with {', '.join(facts.features)}" if facts.features else ""
     yield Finding("Processor", "torch's level", f"{facts.isa}{features}")
-    if _build.extension is not None:
+    if _build.extension is not None and _build.isa_error is None:
         available = ", ".join(_build.extension.isa_available())
         yield Finding(
             "Processor", "our level", f"{_build.extension.isa()} (available: {available})"
@@ -202,6 +202,9 @@ def _present() -> list[torch.device]:
 
 def _backends(device: torch.device) -> Iterator[Finding]:
     section = f"Backends on {device.type}"
+    if _build.isa_error is not None:
+        yield Finding(section, "all", "not tried: FUSED_RESNET_ISA is wrong, see below", "note")
+        return
     for name in backends.NAMES:
         kernels = [k for k in backends.KERNELS if k.backend == name]
         usable: dict[str, list[str]] = {}
@@ -263,7 +266,7 @@ def _tuned_table() -> Iterator[Finding]:
         yield Finding(section, "file", f"{found.path} is not used: {wrong}", "note")
         return
     yield Finding(section, "file", f"{found.path}" + ("" if found.path.exists() else " (not yet)"))
-    here = tuned_table.environment_of(torch.device("cpu"))
+    here = tuned_table.environment_of(torch.device("cpu")) if _build.isa_error is None else None
     for name, count in found.counts().items():
         mark = "as things are now: " if name == here else ""
         yield Finding(section, f"{count} problems", f"{mark}{name}")
@@ -272,8 +275,14 @@ def _tuned_table() -> Iterator[Finding]:
 def _environment() -> Iterator[Finding]:
     names = sorted({*(n for n in os.environ if n.startswith("FUSED_RESNET_")), *_VARIABLES})
     found = [(name, os.environ[name]) for name in names if name in os.environ]
+    wrong = {backends.ENV: backends.environment_error, "FUSED_RESNET_ISA": _build.isa_error}
     for name, value in found:
-        yield Finding("Environment", name, value or "(empty)")
+        reason = wrong.get(name)
+        text = value or "(empty)"
+        if reason is None:
+            yield Finding("Environment", name, text)
+        else:
+            yield Finding("Environment", name, f"{text}: unset or mend it; {reason}", "broken")
     if not found:
         yield Finding("Environment", "variables", "none that matter are set")
 

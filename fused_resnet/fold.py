@@ -100,6 +100,8 @@ def why_not_foldable(bn: nn.Module | None) -> str | None:
             if not hasattr(bn, a)
         ]
         return f"{name} lacks {', '.join(missing)}" if missing else None
+    if isinstance(bn, nn.BatchNorm3d):
+        return f"{name} stands behind 3-d convolutions, which are not fused"
     return f"{name} is not a batch norm that folds into a scale and a shift"
 
 

@@ -264,6 +264,8 @@ def _autocasts(conv: nn.Module) -> bool:
 
 def why_stock(conv: nn.Module, bn: nn.Module | None) -> str | None:
     """None if ``conv`` and ``bn``, as they are now, run as one fused op, else why they do not."""
+    if isinstance(conv, nn.Conv3d):
+        return f"{type(conv).__name__} is a 3-d convolution, and the fused op takes [N, C, H, W]"
     if not fold.is_plain_conv(conv):
         return f"{type(conv).__name__} is not a plain nn.Conv2d"
     reason = fold.why_not_foldable(bn)

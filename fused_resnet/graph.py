@@ -73,6 +73,13 @@ class Meta:
             memory_format=layout
         )
 
+    def noise(self) -> Tensor:
+        """A tensor like that, the same each time: of normal distribution, or 0 if of integers."""
+        t = self.empty()
+        if not t.is_floating_point():
+            return t
+        return t.normal_(generator=torch.Generator(self.device).manual_seed(0))
+
     @property
     def bytes(self) -> int:
         """Its size, dense."""
@@ -376,6 +383,17 @@ def _refuse_writes(graph: Graph) -> None:
                 raise Untraceable(f"it writes to {name} ({call.op})")
 
 
+def rewritten(graph: Graph) -> set[int]:
+    """Values in whose memory some call writes: what they are depends on when they are read."""
+    root: dict[int, int] = {}
+    found: set[int] = set()
+    for call in graph.calls:
+        if _is_view(call) and call.reads:
+            root[call.result] = root.get(call.reads[0], call.reads[0])
+        found.update(root.get(i, i) for i in _written(call))
+    return found | {i for i, owner in root.items() if owner in found}
+
+
 # --------------------------------------------------------------------------------------------------
 # Constants.
 # --------------------------------------------------------------------------------------------------
@@ -449,5 +467,6 @@ __all__ = [
     "capture",
     "constant_calls",
     "evaluate_constants",
+    "rewritten",
     "substitute",
 ]

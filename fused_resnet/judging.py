@@ -7,16 +7,26 @@ fifty: here its outputs are held against the rule of `fused_resnet.numerics`, as
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fused_resnet import backends
+from fused_resnet.layers import Layers
 from fused_resnet.numerics import error, largest
+from fused_resnet.proving import stock_result, walk
 from fused_resnet.source import Source, cast_floating
+from fused_resnet.tuning import reference
+
+
+class Judging(Protocol):
+    """Says whether a network's result is right."""
+
+    def fault(self, result: Any) -> str | None:
+        """None if what a program returned satisfies the rule, else what is wrong."""
 
 
 class Judge:
@@ -43,16 +53,7 @@ class Judge:
         if self._expected is None:
             self._expected = self._compute()
         exact, stocks = self._expected
-        found = [self._ends(t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-        for i, (ours, reference) in enumerate(zip(found, exact, strict=True)):
-            if not reference.is_floating_point() or not reference.numel():
-                continue
-            allowed = largest(*(error(stock[i], reference) for stock in stocks))
-            dtype = stocks[0][i].dtype if self._source.dtype is None else self._source.dtype
-            off = error(ours, reference)
-            if not off.within(allowed, dtype):
-                return f"the network's error is {off}, stock torch's is {allowed}"
-        return None
+        return _fault([self._ends(t) for t in _tensors(result)], exact, stocks, self._source.dtype)
 
     def _ends(self, t: Tensor) -> Tensor:
         """The first and the last image of a tensor that has a batch of them."""
@@ -65,9 +66,6 @@ class Judge:
     def _compute(self) -> tuple[list[Tensor], list[list[Tensor]]]:
         source, (args, kwargs) = self._source, self._arguments
 
-        def tensors(result: Any) -> list[Tensor]:
-            return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-
         def layout(given: Any, to: torch.memory_format) -> Any:
             def convert(t: Tensor) -> Tensor:
                 return t.contiguous(memory_format=to) if t.dim() == 4 else t
@@ -78,14 +76,69 @@ class Judge:
             stocks = []
             for to in (torch.contiguous_format, torch.channels_last):
                 a, k = layout((args, kwargs), to)
-                stocks.append(tensors(source(*a, **k)))
+                stocks.append(_tensors(source(*a, **k)))
             wide = copy.deepcopy(source.model).double()
             given = (args, kwargs)
             if source.dtype is not None:
                 given = cast_floating(given, source.dtype)
             a, k = cast_floating(given, torch.float64)
-            exact = tensors(wide(*a, **k))
+            exact = _tensors(wide(*a, **k))
         return exact, stocks
 
 
-__all__ = ["Judge"]
+class GraphJudge:
+    """Judges outputs where the model itself is not kept: layer by layer in float64.
+
+    Args:
+        layers: of the network.
+        state: its parameters and buffers.
+        inputs: of the graph.
+        dtype: that the network computes in.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        state: Mapping[str, Tensor],
+        inputs: Sequence[Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        self._layers = layers
+        self._state = state
+        self._inputs = inputs
+        self._dtype = dtype
+
+    def fault(self, result: Any) -> str | None:
+        """None if what a program returned satisfies the rule, else what is wrong with it."""
+        layers = self._layers
+        wide, inputs = cast_floating((dict(self._state), list(self._inputs)), torch.float64)
+        try:
+            exact = walk(layers, wide, inputs, lambda _layer, task: reference(task))
+        except (RuntimeError, TypeError) as e:  # An operator between that wants its own dtype.
+            return f"it cannot be computed in float64 ({e})"
+        stock = walk(layers, self._state, self._inputs, stock_result)
+        return _fault(_tensors(result), _tensors(exact), [_tensors(stock)], self._dtype)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+
+
+def _fault(
+    found: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    stocks: Sequence[Sequence[Tensor]],
+    dtype: torch.dtype | None,
+) -> str | None:
+    """What is wrong with results in ``dtype`` (None: that of stock's) by the rule."""
+    for i, (ours, right) in enumerate(zip(found, exact, strict=True)):
+        if not right.is_floating_point() or not right.numel():
+            continue
+        allowed = largest(*(error(stock[i], right) for stock in stocks))
+        off = error(ours, right)
+        if not off.within(allowed, stocks[0][i].dtype if dtype is None else dtype):
+            return f"the network's error is {off}, stock torch's is {allowed}"
+    return None
+
+
+__all__ = ["GraphJudge", "Judge", "Judging"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.graph import Call, Graph, Literal, Ref, constant_calls
-from fused_resnet.problem import DTYPES, AddReluProblem, ConvProblem, MaxPool
+from fused_resnet.problem import DTYPES, AddReluProblem, ChainProblem, ConvProblem, MaxPool
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Conv:
     residual: int | None = None
 
     @property
+    def results(self) -> tuple[int, ...]:
+        """Values that it makes."""
+        return (self.result,)
+
+    @property
     def reads(self) -> tuple[int, ...]:
         """Values other than constants that it reads."""
         return (self.x,) if self.residual is None else (self.x, self.residual)
@@ -68,6 +73,11 @@ class AddRelu:
     result: int
     a: int
     b: int
+
+    @property
+    def results(self) -> tuple[int, ...]:
+        """Values that it makes."""
+        return (self.result,)
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -99,10 +109,84 @@ class Plain:
         """The value that it makes."""
         return self.call.result
 
+    @property
+    def results(self) -> tuple[int, ...]:
+        """Values that it makes."""
+        return (self.result,)
+
+
+@dataclass(frozen=True)
+class Chained:
+    """A bottleneck from its 3x3 on, and the next one's first 1x1, as one call; see `chaining`.
+
+    Attributes:
+        name: of the convolutions that it computes.
+        op: name of the op.
+        problem: what is computed.
+        result: the block's output, or what is kept of it.
+        mid_next: the next block's first activation; None if it is not computed.
+        x: input of the 3x3.
+        shortcut: the residual, or the input of the projection.
+        weights: weight, scale and shift of the 3x3, the 1x1, the projection and the next 1x1; each
+            a constant, or None where there is no such convolution.
+        block: the value that the 3x3 by itself would make, by which the bottleneck is known.
+        ends: the value that the 1x1 by itself would make: all pixels of the block's output.
+        parts: the layers that would compute the same, in order.
+    """
+
+    name: str
+    op: str
+    problem: ChainProblem
+    result: int
+    mid_next: int | None
+    x: int
+    shortcut: int
+    weights: tuple[int | None, ...]
+    block: int
+    ends: int
+    parts: tuple[Conv | Plain, ...]
+
+    @property
+    def results(self) -> tuple[int, ...]:
+        """Values that it makes."""
+        return (self.result,) if self.mid_next is None else (self.result, self.mid_next)
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Values other than constants that it reads."""
+        return self.x, self.shortcut
+
+    @property
+    def constants(self) -> tuple[int, ...]:
+        """Constants that it reads."""
+        return tuple(i for i in self.weights if i is not None)
+
+    @property
+    def operands(self) -> tuple[int | None, ...]:
+        """As `Kernel.run` takes them."""
+        return self.x, self.shortcut, *self.weights
+
+
+@dataclass(frozen=True)
+class Span:
+    """How much of a bottleneck and its surroundings one chained call computes.
+
+    Attributes:
+        block: the value that the bottleneck's 3x3 by itself would make.
+        following: whether the next block's first 1x1 is part of it.
+        projection: whether the 1x1 in the shortcut is.
+        store: as in `ChainProblem`.
+    """
+
+    block: int
+    following: bool
+    projection: bool
+    store: str
+
 
 #: Layers that kernels compete for.
-Tunable = Conv | AddRelu
-Layer = Conv | AddRelu | Plain
+Tunable = Conv | AddRelu | Chained
+Layer = Tunable | Plain
 
 
 @dataclass(frozen=True)
@@ -114,12 +198,14 @@ class Layers:
         graph: with the constants that lowering added.
         constant: calls that depend on constants only.
         layers: all others, in order.
+        spans: which bottlenecks are chained, and how.
     """
 
     source: Graph
     graph: Graph
     constant: tuple[Call, ...]
     layers: tuple[Layer, ...]
+    spans: tuple[Span, ...] = ()
 
 
 def lower(graph: Graph) -> Layers:
@@ -260,4 +346,4 @@ def _pair(value: Any) -> tuple[int, int]:
     return (values[0], values[-1])
 
 
-__all__ = ["AddRelu", "Conv", "Layer", "Layers", "Plain", "Tunable", "lower"]
+__all__ = ["AddRelu", "Chained", "Conv", "Layer", "Layers", "Plain", "Span", "Tunable", "lower"]

@@ -28,8 +28,8 @@ from fused_resnet.backends.cpu_program import (
 from fused_resnet.backends.kernel import Kernel, PackedKernel
 from fused_resnet.graph import Graph, Meta, Ref
 from fused_resnet.layers import AddRelu as AddReluLayer
+from fused_resnet.layers import Chained, Layer, Layers, Plain
 from fused_resnet.layers import Conv as ConvLayer
-from fused_resnet.layers import Layer, Layers, Plain
 from fused_resnet.problem import ConvProblem
 from fused_resnet.problem import MaxPool as Window
 from fused_resnet.weights import Weights
@@ -73,6 +73,8 @@ class Segments:
             return None
         if isinstance(layer, ConvLayer):
             return self._conv(layer)
+        if isinstance(layer, Chained):
+            return None
         if isinstance(layer, AddReluLayer):
             kernel = self.kernels[layer.result]
             ours = isinstance(kernel, cpu.NativeAddRelu) and len(meta.shape) == 4

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library import autograd as library_autograd
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_resnet import _build, backends
@@ -391,12 +393,22 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     )
 
 
+def check_no_tangent(name: str, instead: str) -> None:
+    """Raise RuntimeError under forward-mode differentiation, which would pass the op by unseen."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"fused_resnet::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, "
+            f"torch.autograd.forward_ad); use {instead}"
+        )
+
+
 def _add_relu_(a: Tensor, b: Tensor) -> None:
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         raise RuntimeError(
             "fused_resnet::add_relu_ has no gradient, but a or b requires one; use add_relu, or "
             "fused_resnet.functional.add_relu(a, b, inplace=True)"
         )
+    check_no_tangent("add_relu_", "fused_resnet.functional.add_relu(a, b, inplace=True)")
     if _share_memory(a, b):
         b = b.clone()
     choice = _add_choice(a, b, True)
@@ -551,6 +563,25 @@ def _add_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return grad, grad
 
 
+def _register_autograd(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+    """As ``torch.library.register_autograd``, with forward mode and torch.func as well.
+
+    There the ATen calls that the op stands for are differentiated: torch's own kernel would drop
+    tangents in silence, and refuses torch.func.grad.
+    """
+    op = getattr(torch.ops.fused_resnet, name).default
+    reverse = library_autograd.make_autograd_impl(op, library_autograd.Info(backward, setup))
+
+    def differentiate(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            from fused_resnet.decompositions import decompositions
+
+            return decompositions()[op](*args)
+        return reverse(keyset, *args)
+
+    _LIB.impl(name, differentiate, "Autograd", with_keyset=True)
+
+
 # --------------------------------------------------------------------------------------------------
 # Autocast: activations and weights take the autocast dtype, scale and shift stay fp32.
 # --------------------------------------------------------------------------------------------------
@@ -681,9 +712,7 @@ def _register() -> None:
         ("conv_affine_relu_maxpool", _stem_backward, _stem_setup),
         ("add_relu", _add_backward, _add_setup),
     ):
-        torch.library.register_autograd(
-            f"fused_resnet::{name}", backward, setup_context=setup, lib=_LIB
-        )
+        _register_autograd(name, backward, setup)
     for name, rule in (
         ("conv_affine_act", _vmap_conv(ops.conv_affine_act.default, (0, 4))),
         ("conv_affine_relu_maxpool", _vmap_conv(ops.conv_affine_relu_maxpool.default, (0,))),

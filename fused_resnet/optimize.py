@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet.chain import ChainedModel
 from fused_resnet.console import err
+from fused_resnet.cuda_graph import CudaGraph
 from fused_resnet.in_place import tune_in_place
 from fused_resnet.judging import Judge
 from fused_resnet.plan import Plan, Policy
@@ -46,18 +47,20 @@ def optimize(
 
     The model is fused if it is not; every kernel that supports a layer is verified against float64
     on the layer's real input and weights and timed, stock torch among them; the fastest of the
-    right ones computes it. Weights are packed, and as much as possible of the network becomes one
-    native call (CPU) or one CUDA graph. What was measured is kept, see
-    `fused_resnet.tuned_table`, so that a second time takes moments: the model is traced and its
-    weights are packed anew, nothing is measured. Where weights differ from those that were seen,
-    layers are compared with float64 again.
+    right ones computes it. Where kernels for chained bottlenecks exist (see
+    `fused_resnet.chain_planner`), each bottleneck is chained if that is right, and faster than its
+    layers are by themselves. Weights are packed, and as much as possible of the network becomes one
+    native call (CPU) or one CUDA graph. What was measured is kept, see `fused_resnet.tuned_table`,
+    so that a second time takes moments: the model is traced and its weights are packed anew,
+    nothing is measured. Where weights differ from those that were seen, layers are compared with
+    float64 again.
 
     A model whose forward cannot be written down as a graph (it looks at values, as detectors do)
     still gets tuned kernels: the plan then runs its fused form. ``explain`` says so.
 
     Args:
         model: in eval mode; left as it is, and its weights are shared, not copied, as far as the
-            plan needs them.
+            plan needs them. Of what `chain` made the model behind it: what is chained is measured.
         example: an input, or a tuple of all arguments, or a dict of keyword arguments. What is in
             it matters little, but errors are measured on it: real data is best.
         dtype: to compute in; None for the model's own. Arguments and results keep theirs: a plan in
@@ -83,7 +86,7 @@ def optimize(
             function that is told what is going on and the share that is done.
 
     Raises:
-        TypeError: ``model`` is no module, of a kind that `fuse` refuses, or a chained model.
+        TypeError: ``model`` is no module, or of a kind that `fuse` refuses.
         ValueError: it is in train mode; an argument is none of the above; with ``strict_shapes``,
             the model cannot be specialised.
 
@@ -93,10 +96,7 @@ def optimize(
         >>> print(plan.explain())
     """
     if isinstance(model, ChainedModel):
-        raise TypeError(
-            "a chained model is specialised already, and plans do not take chains: give optimize "
-            "the model that it was made from"
-        )
+        model = model.unchained()
     settings = _settings(mode, tolerance, budget)
     policy = Policy(strict_shapes, dynamic, max_plans, cuda_graph)
     args, kwargs = arguments(example)
@@ -191,10 +191,13 @@ def _specialise(
     layers = source.layers(args, kwargs)
     inputs = [t.detach() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     judge = Judge(source, args, kwargs)
-    decision = decide(layers, source.state, inputs, settings, known, tell, judge)
-    plan.add(
-        (args, kwargs), Program(layers, decision.kernels, plan.weights, decision.join), decision
-    )
+
+    def ready(program: Program) -> Any:
+        graph = plan.device.type == "cuda" and plan.policy.cuda_graph
+        return CudaGraph.or_plain(program, inputs) if graph else program
+
+    decision = decide(layers, source.state, inputs, settings, known, tell, judge, ready)
+    plan.add((args, kwargs), decision.program(plan.weights), decision)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Other engines as contenders: ONNX Runtime, OpenVINO, and torch.compile with frozen weights.
+"""Other engines as contenders: torch.compile with frozen weights, ONNX Runtime, OpenVINO, TensorRT.
 
 Each takes the stock model and runs it its own way, on as many threads as torch. One that is not
 installed, or cannot compute in a dtype, says so; nothing is imported before it is asked for.
@@ -126,4 +126,41 @@ def openvino(_name: str, model: nn.Module, example: Tensor) -> Run:
     return run
 
 
-__all__ = ["frozen", "onnxruntime", "openvino", "why_no_onnxruntime", "why_no_openvino"]
+# --------------------------------------------------------------------------------------------------
+# TensorRT.
+# --------------------------------------------------------------------------------------------------
+
+
+def why_no_tensorrt(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if `tensorrt` can run, else why not."""
+    if device.type != "cuda":
+        return f"TensorRT runs on NVIDIA GPUs, not on {device.type}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"TensorRT does not compute in {dtype}"
+    return _missing_packages("torch_tensorrt")
+
+
+def tensorrt(_name: str, model: nn.Module, example: Tensor) -> Run:
+    """TensorRT by torch-tensorrt, in the model's dtype, with fp32 as stock torch has it here."""
+    import torch_tensorrt
+
+    run: Run = torch_tensorrt.compile(
+        model,
+        ir="dynamo",
+        inputs=[example],
+        use_explicit_typing=True,  # Else it picks other precisions than it was given.
+        disable_tf32=not torch.backends.cudnn.allow_tf32,
+        require_full_compilation=True,  # What it cannot do is told rather than run by torch.
+    )
+    return run
+
+
+__all__ = [
+    "frozen",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "why_no_onnxruntime",
+    "why_no_openvino",
+    "why_no_tensorrt",
+]

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,13 +18,14 @@ from torch.utils import _pytree as pytree
 from fused_resnet.backends.verify import is_out_of_memory
 from fused_resnet.cuda_graph import CudaGraph
 from fused_resnet.graph import Meta
+from fused_resnet.judging import GraphJudge, Judge, Judging
 from fused_resnet.plan_report import MemoryReport, PlanReport, memory_report, report
-from fused_resnet.planner import Decision, Settings, decide_untimed
+from fused_resnet.planner import Decision, Settings, decide_again, decide_untimed
 from fused_resnet.program import Program
 from fused_resnet.source import Source, converted_state
 from fused_resnet.tracing import Untraceable
 from fused_resnet.tuned_table import TunedTable
-from fused_resnet.warn import FusedResNetWarning
+from fused_resnet.warn import FusedResNetWarning, warn
 from fused_resnet.weights import Weights
 
 #: Positional and keyword arguments of a call.
@@ -39,6 +40,7 @@ class Specialisation:
         arguments: positional and keyword arguments, with a `Meta` in the place of each tensor.
         program: what runs.
         decision: which kernels, and why.
+        measured: the decision that was made by measurement; `Plan.refit` begins with it.
         run: the program, or a CUDA graph of it.
         pinned: whether it was asked for, rather than made on the way.
     """
@@ -46,6 +48,7 @@ class Specialisation:
     arguments: Arguments
     program: Program
     decision: Decision
+    measured: Decision
     run: Any
     pinned: bool
 
@@ -128,7 +131,8 @@ class Plan(nn.Module):
 
         Raises:
             RuntimeError: an argument requires a gradient.
-            TypeError: a tensor has another dtype than the plan was made for.
+            TypeError: a tensor has another dtype than the plan was made for, or something else
+                stands in its place.
             ValueError: a tensor is on another device; or has a shape that the plan was not made
                 for, with ``strict_shapes=True``.
         """
@@ -140,8 +144,13 @@ class Plan(nn.Module):
                         "a plan computes no gradients, but an argument requires one: call it under "
                         "torch.no_grad(), or use fused_resnet.fuse(model) for training"
                     )
-        found = self._specialisations.get(key)
+        try:
+            found = self._specialisations.get(key)
+        except TypeError:  # No program knows what cannot be part of a key: an array of numpy.
+            self._check_tensors(args, kwargs)
+            raise
         if found is None:
+            self._check_tensors(args, kwargs)
             return self._unknown(key, tensors, args, kwargs)
         if not found.pinned:
             with contextlib.suppress(KeyError):  # Another thread may have dropped it by now.
@@ -187,6 +196,29 @@ class Plan(nn.Module):
                 with self._context():
                     return found.run(*tensors)
         return self._run_source(args, kwargs)
+
+    def _check_tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raise TypeError where the plan was made for a tensor and got something else."""
+        if not self._specialisations:
+            return
+        wanted_args, wanted_kwargs = next(iter(self._specialisations.values())).arguments
+        pairs = zip(wanted_args, args, strict=False)
+        places = [(f"argument {i}", *pair) for i, pair in enumerate(pairs)]
+        alone = not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs)))
+        places += [
+            (f"argument {name!r}", wanted_kwargs[name], given)
+            for name, given in kwargs.items()
+            if name in wanted_kwargs
+        ]
+        for name, wanted, given in places:
+            if given is None and not alone:
+                continue  # It may stand for a tensor that the model can do without.
+            leaves = pytree.tree_leaves(given)
+            if isinstance(wanted, Meta) and not any(isinstance(leaf, Tensor) for leaf in leaves):
+                raise TypeError(
+                    f"{name} must be a tensor: the plan of {self._name} was made for "
+                    f"{', '.join(self.shapes)}; got {type(given).__name__}"
+                )
 
     def _check_dtypes(self, tensors: Sequence[Tensor]) -> None:
         known = next(iter(self._specialisations.values())).program.layers.graph
@@ -234,7 +266,9 @@ class Plan(nn.Module):
         if self._device.type == "cuda" and self._policy.cuda_graph:
             run = CudaGraph.or_plain(program, [m.empty() for m in _metas(described)])
         with self._lock:
-            self._specialisations[key] = Specialisation(described, program, decision, run, pinned)
+            self._specialisations[key] = Specialisation(
+                described, program, decision, decision, run, pinned
+            )
             loose = [k for k, s in self._specialisations.items() if not s.pinned]
             for old in loose[: max(0, len(loose) - self._policy.most)]:
                 del self._specialisations[old]
@@ -271,6 +305,16 @@ class Plan(nn.Module):
         """What the programs of this plan share."""
         return self._weights
 
+    @property
+    def device(self) -> torch.device:
+        """Where the programs run."""
+        return self._device
+
+    @property
+    def policy(self) -> Policy:
+        """What is done with inputs that there is no program for, and whether graphs are made."""
+        return self._policy
+
     def _specialise_untimed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         assert self._source is not None
         self._source.check_unchanged()
@@ -280,7 +324,7 @@ class Plan(nn.Module):
             self._reason = str(e)
             return
         decision = decide_untimed(layers, self._settings, self._table)
-        program = Program(layers, decision.kernels, self._weights, decision.join)
+        program = decision.program(self._weights)
         self.add((args, dict(kwargs)), program, decision, pinned=False)
 
     # ----------------------------------------------------------------------------------- what is in
@@ -313,36 +357,90 @@ class Plan(nn.Module):
 
     # ------------------------------------------------------------------------- other weights, files
 
-    def refit(self, state: Mapping[str, Tensor]) -> None:
-        """Take new weights of the same architecture; kernels stay, weights are packed anew.
+    def refit(self, state: Mapping[str, Tensor], example: Any = None) -> None:
+        """Take new weights of the same architecture, packed anew; nothing is timed.
+
+        Every layer is compared with float64 again, and so is the network where inexact kernels (see
+        ``tolerance``) are part of it. Kernels that are wrong with the new weights are replaced by
+        exact ones, with a warning; the others stay. Weights that were seen before are not proven
+        twice.
 
         Calls that are under way finish with the old weights. The model that the plan was made of is
-        left as it is. The error of inexact kernels (see ``tolerance``) is not measured again.
+        left as it is.
 
         Args:
             state: as ``model.state_dict()`` gives it; converted to the plan's dtypes and device.
+            example: what errors are measured on, as `fused_resnet.optimize` takes it: best some
+                real data. For shapes of the plan other than its own, and by default, noise.
 
         Raises:
-            ValueError: names or shapes are those of another architecture.
+            ValueError: names or shapes are those of another architecture, or the plan was not made
+                for the shapes of ``example``; it then keeps the weights that it had.
         """
+        examples = {} if example is None else self._examples(example)
         with self._lock:
             like = {n: torch.empty_like(t, device=self._device) for n, t in self._like.items()}
             new = converted_state(state, like)
             del like
             weights = Weights(new)
-            made = [
-                (s, Program(s.program.layers, s.program.kernels, weights, s.program.join))
-                for s in self._specialisations.values()
-            ]
+            source = None if self._source is None else self._source.refitted(new)
+            made = []
+            for key, old in self._specialisations.items():
+                decision = old.decision
+                if old.pinned:
+                    given = examples.get(key) or pytree.tree_map_only(
+                        Meta, Meta.noise, old.arguments
+                    )
+                    decision = self._proven(old, source, new, given)
+                made.append((key, old, decision.program(weights), decision))
             fresh: OrderedDict[Hashable, Specialisation] = OrderedDict()
-            for key, (old, program) in zip(self._specialisations, made, strict=True):
+            for key, old, program, decision in made:
                 run = old.run.renewed(program) if isinstance(old.run, CudaGraph) else program
-                fresh[key] = Specialisation(old.arguments, program, old.decision, run, old.pinned)
-            if self._source is None:
+                fresh[key] = replace(old, program=program, decision=decision, run=run)
+            if source is None:
                 weights.release()
-            else:
-                self._source.refit(new)
-            self._weights, self._specialisations = weights, fresh
+            self._source, self._weights, self._specialisations = source, weights, fresh
+        self._table.save()
+
+    def _examples(self, example: Any) -> dict[Hashable, Arguments]:
+        """The arguments that users give as an example, by their key."""
+        from fused_resnet.optimize import arguments
+
+        args, kwargs = arguments(example)
+        key, _ = _key(args, kwargs)
+        if key not in self._specialisations:
+            self._refuse(key)
+        return {key: (args, kwargs)}
+
+    def _proven(
+        self,
+        old: Specialisation,
+        source: Source | None,
+        state: Mapping[str, Tensor],
+        given: Arguments,
+    ) -> Decision:
+        """The decision of a specialisation for other weights."""
+        inputs = [t.detach() for t in pytree.tree_leaves(given) if isinstance(t, Tensor)]
+        judge: Judging
+        if source is None:
+            judge = GraphJudge(old.measured.layers, state, inputs, _coarsest(old.measured))
+        else:
+            judge = Judge(source, *given)
+        decision = decide_again(old.measured, state, inputs, self._settings, self._table, judge)
+        changed = [
+            f"{was.layer.name}: {was.kernel.full_name} -> {now.kernel.full_name}"
+            for was, now in zip(old.measured.outcomes, decision.outcomes, strict=True)
+            if was.kernel.full_name != now.kernel.full_name
+        ]
+        if changed:
+            warn(
+                f"with its new weights, the plan of {self._name} needs other kernels for "
+                f"{len(changed)} of {len(decision.outcomes)} layers, and may be slower: "
+                f"{'; '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}; explain() says "
+                "why, and optimize chooses anew",
+                stacklevel=4,
+            )
+        return decision
 
     def save(self, path: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write the plan to a file that `fused_resnet.load` reads.
@@ -390,6 +488,12 @@ def _key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Hashable, Se
         for leaf in leaves
     )
     return (described, structure), tensors
+
+
+def _coarsest(decision: Decision) -> torch.dtype:
+    """The least exact dtype of a network's layers."""
+    dtypes = [o.layer.problem.dtype for o in decision.outcomes]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 def _metas(described: Any) -> list[Meta]:

@@ -26,12 +26,13 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet import backends
 from fused_resnet.backends.kernel import Kernel
+from fused_resnet.chain_planner import ChainOutcome
+from fused_resnet.chaining import chained, find
 from fused_resnet.fold import Recipe
 from fused_resnet.graph import Call, Graph, Literal, Meta, Named, Origin, Ref
-from fused_resnet.layers import Layers, lower
+from fused_resnet.layers import Chained, Layers, Span, Tunable, lower
 from fused_resnet.plan import Plan, Policy
 from fused_resnet.planner import Decision, Outcome, Settings
-from fused_resnet.program import Program
 from fused_resnet.proving import tunable
 from fused_resnet.source import converted_state
 from fused_resnet.tuned_table import environment_of, table
@@ -40,7 +41,7 @@ from fused_resnet.warn import warn
 from fused_resnet.weights import Weights
 
 #: Name and version of the format; a reader refuses another.
-SCHEMA = "fused_resnet.plan/1"
+SCHEMA = "fused_resnet.plan/2"
 
 #: Entry of the header that holds the description.
 _ENTRY = "fused_resnet"
@@ -87,6 +88,7 @@ def save(plan: Plan, path: str | Path, state: Mapping[str, Tensor] | None) -> No
             tensors[f"literal.{number}.{i}"] = tensor.detach().cpu().contiguous()
         outcomes = [
             {
+                "result": o.layer.result,
                 "kernel": o.kernel.full_name,
                 "error": o.error,
                 "stock_error": o.stock_error,
@@ -101,6 +103,8 @@ def save(plan: Plan, path: str | Path, state: Mapping[str, Tensor] | None) -> No
                 "notes": s.decision.notes,
                 "seconds": s.decision.seconds,
                 "join": s.decision.join,
+                "spans": [asdict(span) for span in s.program.layers.spans],
+                "chains": [asdict(outcome) for outcome in s.decision.chains],
             }
         )
     description = {
@@ -277,14 +281,20 @@ def _plan(
             if n.startswith(f"literal.{number}.")
         }
         graph = _decode_graph(part["graph"], literals, device)
-        layers = lower(graph)
+        layers, missing = _layers(lower(graph), part, device)
+        replaced += missing
         outcomes, missing = _outcomes(layers, part["layers"], device)
         replaced += missing
         decision = Decision(
-            outcomes, list(map(str, part["notes"])), part["seconds"], bool(part["join"])
+            layers,
+            outcomes,
+            list(map(str, part["notes"])),
+            part["seconds"],
+            bool(part["join"]),
+            tuple(_decode_chain(c) for c in part["chains"]),
         )
         arguments = _decode(part["inputs"], device)
-        plan.add(arguments, Program(layers, decision.kernels, weights, decision.join), decision)
+        plan.add(arguments, decision.program(weights), decision)
     weights.release()
     here = environment_of(device)
     if replaced:
@@ -300,26 +310,64 @@ def _plan(
     return plan
 
 
+def _layers(
+    layers: Layers, part: Mapping[str, Any], device: torch.device
+) -> tuple[Layers, list[str]]:
+    """The layers with what is chained in the file, as far as its kernels are there; what is not."""
+    spans = [
+        Span(int(s["block"]), bool(s["following"]), bool(s["projection"]), str(s["store"]))
+        for s in part["spans"]
+    ]
+    blocks = find(layers).blocks if spans else ()
+    names = {int(data["result"]): str(data["kernel"]) for data in part["layers"]}
+    missing: list[str] = []
+    while True:
+        found = chained(layers, blocks, spans)
+        if not missing and len(tunable(found)) != len(part["layers"]):
+            raise ValueError("another number of layers than kernels")
+        calls = [layer for layer in found.layers if isinstance(layer, Chained)]
+        broken = {c.block for c in calls if _usable(c, names.get(c.result, ""), device) is None}
+        if not broken:
+            return found, missing
+        # Stock operations in a chain gain nothing: the bottleneck's own layers are better.
+        missing += [names.get(c.result, "") for c in calls if c.block in broken]
+        spans = [span for span in spans if span.block not in broken]
+
+
+def _usable(layer: Tunable, name: str, device: torch.device) -> Kernel | None:
+    """The kernel of that name, if it is there and right."""
+    kernel = backends.named(layer.op, name, layer.problem, device)
+    if kernel is None or backends.verdict(kernel, device, layer.problem.dtype) is not None:
+        return None
+    return kernel
+
+
 def _outcomes(
     layers: Layers, stored: list[dict[str, Any]], device: torch.device
 ) -> tuple[list[Outcome], list[str]]:
+    known = {int(data["result"]): data for data in stored}
     found: list[Outcome] = []
     missing: list[str] = []
-    for layer, data in zip(tunable(layers), stored, strict=True):
-        name = str(data["kernel"])
-        kernel = backends.named(layer.op, name, layer.problem, device)
-        reason: str | None = "it is not there"
-        if kernel is not None:
-            reason = backends.verdict(kernel, device, layer.problem.dtype)
-        error, stock_error = data["error"], data["stock_error"]
-        if reason is not None:
-            missing.append(name)
+    for layer in tunable(layers):
+        data = known.get(layer.result, {})
+        name = str(data.get("kernel", ""))
+        kernel = _usable(layer, name, device)
+        error, stock_error = data.get("error"), data.get("stock_error")
+        if kernel is None:
+            missing += [name] if name else []
             kernel = _instead(layer.op, layer.problem, device)
             error = stock_error = None
-        assert kernel is not None
         entry = table().entry(layer.op, layer.problem, device)
         found.append(Outcome(layer, kernel, entry, error, stock_error))
     return found, missing
+
+
+def _decode_chain(data: Mapping[str, Any]) -> ChainOutcome:
+    chosen = data["chosen"]
+    alternatives = tuple((str(what), str(why)) for what, why in data["alternatives"])
+    return ChainOutcome(
+        str(data["name"]), None if chosen is None else str(chosen), str(data["why"]), alternatives
+    )
 
 
 def _instead(op: str, problem: Any, device: torch.device) -> Kernel:

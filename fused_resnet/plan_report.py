@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from torch import Tensor
 
+from fused_resnet.chain_planner import ChainOutcome
 from fused_resnet.console import duration, megabytes, plain, table
 from fused_resnet.layers import Plain
 from fused_resnet.planner import Outcome, Settings
@@ -85,12 +86,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """The layers for one set of shapes, and notes about them."""
+    """The layers for one set of shapes, what became of each bottleneck, and notes about them."""
 
     inputs: str
     rows: tuple[Row, ...]
     seconds: float | None = None
     notes: tuple[str, ...] = ()
+    chains: tuple[ChainOutcome, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,11 @@ class PlanReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.reason is not None:
             yield escape(
-                f"{self.model} is not specialised, its fused form runs with tuned kernels: "
-                f"{self.reason}"
+                f"{self.model} is not specialised: {self.reason}. Its fused form runs, each op "
+                "by the kernel that was measured to be the fastest; no part of it is one native "
+                "call, one graph or chained, and its memory is not planned. A part that can be "
+                "traced can be specialised by itself: model.backbone = "
+                "fused_resnet.optimize(model.backbone, what it is called with)."
             )
         for part in self.parts:
             yield from _print_part(self, part)
@@ -153,6 +158,10 @@ def _print_part(report: PlanReport, part: Part) -> Iterator[Any]:
         )
         rows.add_row(*map(escape, cells))
     yield rows
+    for outcome in part.chains:
+        yield escape(str(outcome))
+        for what, why in outcome.alternatives:
+            yield escape(f"    {what}: {why}")
     for note in part.notes:
         yield escape(f"note: {note}")
 
@@ -185,7 +194,7 @@ def _part(inputs: str, specialisation: Specialisation, settings: Settings) -> Pa
         else Row(**{**vars(row), "share": row.seconds / total})
         for row in rows
     )  # fmt: skip
-    return Part(inputs, shared, decision.seconds, tuple(decision.notes))
+    return Part(inputs, shared, decision.seconds, tuple(decision.notes), decision.chains)
 
 
 def _row(outcome: Outcome, settings: Settings) -> Row:

@@ -3,21 +3,26 @@
 1. Problems that the tuned table does not know are measured, the costliest first, until the budget
    is spent or the user interrupts; what was measured by then counts.
 2. Each layer takes the best kernel of its problem that mode and tolerance admit; problems that
-   were not measured take the heuristic choice.
-3. All layers are proven with their own weights (see `fused_resnet.proving`); a kernel that is off
+   were not measured take the heuristic choice. A backend that the user forces is taken unmeasured.
+3. Where a kernel for chained bottlenecks exists, those are chained that gain by it (see
+   `fused_resnet.chain_planner`).
+4. All layers are proven with their own weights (see `fused_resnet.proving`); a kernel that is off
    on a layer is replaced there by the next one. With inexact kernels the network is judged as a
    whole, too (see `fused_resnet.judging`).
-4. The network is timed as a whole: with these kernels, with native ones wherever there is one
-   (native layers in a row are one call), and with the heuristic choice. The fastest is the plan.
+5. The network is timed as a whole: with these kernels, without chains, with native ones wherever
+   there is one (native layers in a row are one call), and with the heuristic choice. The fastest is
+   the plan; chains stay only if the whole is faster with them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,19 +30,30 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet import backends
 from fused_resnet.backends.kernel import Kernel
-from fused_resnet.judging import Judge
-from fused_resnet.layers import Conv, Layers, Tunable
-from fused_resnet.numerics import TOLERANCE, Error, error
-from fused_resnet.ops import channels_last
+from fused_resnet.chain_planner import Chaining, ChainOutcome
+from fused_resnet.judging import Judging
+from fused_resnet.layers import Chained, Conv, Layers, Span, Tunable, lower
+from fused_resnet.numerics import TOLERANCE, Error, error, largest
 from fused_resnet.program import Program
-from fused_resnet.proving import digest, errors_of, stock_kernel, stock_result, tunable, walk
+from fused_resnet.proving import (
+    digest,
+    errors_of,
+    laid_out,
+    stock_kernel,
+    stock_result,
+    tunable,
+    walk,
+)
 from fused_resnet.tuned_table import Entry, Proof, TunedTable
-from fused_resnet.tuning import EFFORTS, Task, call_of, is_current, measure
+from fused_resnet.tuning import EFFORTS, Results, Task, call_of, is_current, measure
 from fused_resnet.warn import warn
 from fused_resnet.weights import Weights
 
 #: Told what is going on and the share of the whole that is done.
 Progress = Callable[[str, float], None]
+
+#: Errors by norm of kernels on layers, by the layer's result: ours, stock torch's.
+Errors = dict[tuple[int, Kernel], tuple[float, float]]
 
 #: Share of the budget for timing whole networks, and rounds at least and at most.
 _CONTEST_SHARE, _CONTEST_ROUNDS = 0.2, (5, 50)
@@ -92,26 +108,46 @@ class Outcome:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """A kernel for each layer of a network, by the layer's result."""
+
+    layers: Layers
+    kernels: Mapping[int, Kernel]
+
+    def program(self, weights: Weights) -> Program:
+        """What runs it."""
+        return Program(self.layers, self.kernels, weights)
+
+
 @dataclass
 class Decision:
     """The outcome for all layers of one set of shapes.
 
     Attributes:
+        layers: of the network, chained where that won.
         outcomes: in order.
         notes: about the whole: what ended early, which assignment won.
         seconds: of one call of the program; None if it was not timed.
         join: whether native layers in a row become one call.
+        chains: what became of each bottleneck.
     """
 
+    layers: Layers
     outcomes: list[Outcome]
     notes: list[str] = field(default_factory=list)
     seconds: float | None = None
     join: bool = True
+    chains: tuple[ChainOutcome, ...] = ()
 
     @property
     def kernels(self) -> dict[int, Kernel]:
         """The kernel of each layer, by its result."""
         return {o.layer.result: o.kernel for o in self.outcomes}
+
+    def program(self, weights: Weights) -> Program:
+        """What runs it."""
+        return Program(self.layers, self.kernels, weights, self.join)
 
 
 def decide(
@@ -121,7 +157,8 @@ def decide(
     settings: Settings,
     table: TunedTable,
     progress: Progress,
-    judge: Judge | None = None,
+    judge: Judging | None = None,
+    ready: Callable[[Program], Callable[..., Any]] = lambda program: program,
 ) -> Decision:
     """Measure what is not known, and choose a kernel for every layer; see the module.
 
@@ -133,24 +170,59 @@ def decide(
         table: what is known, and where what is measured goes.
         progress: told what is going on.
         judge: of the network as a whole, asked where inexact kernels are part of it.
+        ready: what the plan makes of a program before it runs, such as a CUDA graph.
     """
-    return _Planner(layers, state, inputs, settings, table, progress, judge).decide()
+    return _Planner(layers, state, inputs, settings, table, progress, judge, ready).decide()
+
+
+def decide_again(
+    decision: Decision,
+    state: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    settings: Settings,
+    table: TunedTable,
+    judge: Judging,
+) -> Decision:
+    """Prove a decision anew for other weights: kernels that are wrong with them are replaced.
+
+    Args:
+        decision: what was decided for other weights.
+        state: the new parameters and buffers.
+        inputs: example inputs of the graph.
+        settings: what to admit.
+        table: what is known of the kernels to replace others with, and of proofs.
+        judge: of the network as a whole, asked where inexact kernels are part of it.
+    """
+    silent: Progress = lambda _text, _share: None  # noqa: E731
+    layers = lower(decision.layers.source)  # None of them chained.
+    return _Planner(layers, state, inputs, settings, table, silent, judge).decide_again(decision)
 
 
 def decide_untimed(layers: Layers, settings: Settings, table: TunedTable) -> Decision:
     """Choose by what the table knows, and by the heuristic order, without running anything."""
-    planner = _Planner(layers, {}, (), settings, table, lambda _text, _share: None)
-    exact = {layer.result: planner.ranked(layer, exact_only=True) for layer in planner.layers}
-    return planner.decision({result: kernels[0] for result, kernels in exact.items()})
+    return _Planner(layers, {}, (), settings, table, lambda _text, _share: None).by_knowledge()
 
 
 def measure_all(
-    tasks: Sequence[Task], settings: Settings, table: TunedTable, progress: Progress
+    tasks: Sequence[Task],
+    settings: Settings,
+    table: TunedTable,
+    progress: Progress,
+    started: float | None = None,
 ) -> list[str]:
-    """Measure tasks into the table, the costliest first, within the budget; returns notes."""
+    """Measure tasks into the table, the costliest first, within the budget; returns notes.
+
+    Args:
+        tasks: what to measure.
+        settings: the budget, among others.
+        table: where entries go.
+        progress: told what is going on.
+        started: since when the budget is spent, by the monotonic clock; None for now.
+    """
     notes: list[str] = []
     tasks = sorted(tasks, key=lambda task: -task.cost)
-    deadline = time.monotonic() + settings.budget * (1 - _CONTEST_SHARE)
+    started = time.monotonic() if started is None else started
+    deadline = started + settings.budget * (1 - _CONTEST_SHARE)
     for i, task in enumerate(tasks):
         left = f"{len(tasks) - i} of {len(tasks)} problems, the least costly ones, not measured"
         if time.monotonic() > deadline:
@@ -178,11 +250,12 @@ class _Planner:
         settings: Settings,
         table: TunedTable,
         progress: Progress,
-        judge: Judge | None = None,
+        judge: Judging | None = None,
+        ready: Callable[[Program], Callable[..., Any]] = lambda program: program,
     ) -> None:
         self.judge = judge
-        self.whole = layers
-        self.layers = tunable(layers)
+        self.ready = ready
+        self.plain = layers
         self.state = state
         self.inputs = inputs
         self.settings = settings
@@ -190,26 +263,55 @@ class _Planner:
         self.table = table
         self.progress = progress
         self.notes: list[str] = []
+        self.forced = backends.forced()
         self.device = layers.graph.meta[layers.graph.inputs[0]].device
         self.dtype = max(
-            (layer.problem.dtype for layer in self.layers),
+            (layer.problem.dtype for layer in tunable(layers)),
             key=lambda dtype: torch.finfo(dtype).eps,
             default=torch.float32,
         )
+        self.started = time.monotonic()
+        self.chaining = Chaining(
+            layers, self.device, table, self.effort, lambda layer: self.ranked(layer)[0]
+        )
 
     def decide(self) -> Decision:
+        if self.forced:
+            return self.decide_forced()
         self.measure_missing()
-        first = {layer.result: self.ranked(layer)[0] for layer in self.layers}
-        number = digest(self.whole, first, self.state, self.settings.tolerance)
+        self.measure_chains()
+        chained = self.chaining.layers_of(self.chaining.choose())
+        best = self.best(chained)
+        number = digest(chained, best.kernels, self.state, self.settings.tolerance)
         known = self.from_proof(self.table.proof(self.device, number))
         if known is not None:
             return known
-        assignments = self.assignments(first)
-        proven, errors = self.prove(assignments)
-        proven = [self.judged(a, errors) for a in proven]
-        best, seconds = self.contest(proven)
-        decision = self.decision(proven[best], errors, seconds)
-        decision.join = self.joins_rightly(proven[best])
+        errors: Errors = {}
+        found = [self.judged(a, errors) for a in self.proven_chains(chained, errors)]
+        assignments = self.assignments(self.best(self.plain).kernels)
+        found += [self.judged(a, errors) for a in self.prove(self.plain, assignments, errors)]
+        winner, seconds = self.contest(found)
+        decision = self.decision(found[winner], errors, seconds)
+        decision.join = self.joins_rightly(found[winner])
+        self.keep_proof(number, decision)
+        return decision
+
+    def decide_again(self, old: Decision) -> Decision:
+        layers = self.chaining.layers_of(old.layers.spans)
+        number = digest(layers, old.kernels, self.state, self.settings.tolerance)
+        known = self.from_proof(self.table.proof(self.device, number))
+        if known is not None:
+            return known
+        errors: Errors = {}
+        (proven,) = self.prove(layers, [old.kernels], errors)
+        proven = self.judged(proven, errors)
+        same = proven.kernels == old.kernels
+        decision = self.decision(proven, errors, old.seconds if same else None)
+        decision.join = old.join and self.joins_rightly(proven)
+        self.keep_proof(number, decision)
+        return decision
+
+    def keep_proof(self, number: str, decision: Decision) -> None:
         self.table.put_proof(
             self.device,
             number,
@@ -220,19 +322,36 @@ class _Planner:
                 decision.join,
                 decision.seconds,
                 time.time(),
+                tuple(dataclasses.astuple(span) for span in decision.layers.spans),
             ),
         )
+
+    def decide_forced(self) -> Decision:
+        """The kernels of the backends that the user forces, as far as they are right."""
+        self.notes.append(f"backend {','.join(self.forced or ())} was forced: nothing was measured")
+        errors: Errors = {}
+        (proven,) = self.prove(self.plain, [self.best(self.plain).kernels], errors)
+        decision = self.decision(proven, errors)
+        decision.join = self.joins_rightly(proven)
         return decision
+
+    def by_knowledge(self) -> Decision:
+        """The decision without running anything."""
+        layers = self.chaining.layers_of(self.chaining.choose())
+        kernels = {ly.result: self.ranked(ly, exact_only=True)[0] for ly in tunable(layers)}
+        return self.decision(Assignment(layers, kernels))
+
+    def best(self, layers: Layers) -> Assignment:
+        """Each layer with the kernel that is fastest by itself."""
+        return Assignment(layers, {ly.result: self.ranked(ly)[0] for ly in tunable(layers)})
 
     # ------------------------------------------------------------------------------------ measuring
 
     def measure_missing(self) -> None:
         """Measure the problems that the table does not know."""
         wanted: dict[tuple[str, object], Task] = {}
-        with torch.inference_mode(False):
-            metas = {layer.result: self._bare_task(layer) for layer in self.layers}
-        for layer in self.layers:
-            task = metas[layer.result]
+        for layer in tunable(self.plain):
+            task = self._bare_task(layer)
             entry = self.table.entry(layer.op, layer.problem, self.device)
             if entry is None or not is_current(entry, task, self.effort):
                 wanted.setdefault((layer.op, layer.problem), task)
@@ -241,14 +360,28 @@ class _Planner:
         self.progress("running the model layer by layer", 0.0)
         tasks: dict[tuple[str, object], Task] = {}
 
-        def collect(layer: Tunable, task: Task) -> Tensor:
+        def collect(layer: Tunable, task: Task) -> Results:
             key = (layer.op, layer.problem)
             if key in wanted:
                 tasks.setdefault(key, task)
             return stock_result(layer, task)
 
-        walk(self.whole, self.state, self.inputs, collect)
-        self.notes += measure_all(tuple(tasks.values()), self.settings, self.table, self.progress)
+        walk(self.plain, self.state, self.inputs, collect)
+        self.measure(tuple(tasks.values()))
+
+    def measure(self, tasks: Sequence[Task]) -> None:
+        """Measure within what is left of the budget."""
+        if not tasks:
+            return
+        self.notes += measure_all(
+            tasks, self.settings, self.table, self.progress, started=self.started
+        )
+
+    def measure_chains(self) -> None:
+        """Measure chained calls, and what they leave to others, that the table does not know."""
+        for tasks in (self.chaining.tasks_of_others, self.chaining.tasks):
+            if not self.notes:  # Or else there is no time left.
+                self.measure(tasks(self.state, self.inputs))
 
     def _bare_task(self, layer: Tunable) -> Task:
         return Task(layer.op, layer.problem, self.device, ())
@@ -257,9 +390,11 @@ class _Planner:
 
     def ranked(self, layer: Tunable, exact_only: bool = False) -> list[Kernel]:
         """Kernels for a layer, best first: the measured ones, then the heuristic choice."""
+        if isinstance(layer, Chained):
+            return self.chaining.kernels(layer) or [stock_kernel(layer.op)]
         found: list[Kernel] = []
         entry = self.table.entry(layer.op, layer.problem, self.device)
-        if entry is not None:
+        if entry is not None and self.forced is None:
             tolerance = None if exact_only else self.settings.tolerance_of(layer.problem.dtype)
             for timing in entry.ranked(tolerance):
                 kernel = backends.named(layer.op, timing.kernel, layer.problem, self.device)
@@ -268,15 +403,15 @@ class _Planner:
         heuristic = backends.choose(layer.op, layer.problem, self.device).kernel
         return list(dict.fromkeys((*found, heuristic)))
 
-    def assignments(self, first: dict[int, Kernel]) -> list[dict[int, Kernel]]:
+    def assignments(self, first: Mapping[int, Kernel]) -> list[dict[int, Kernel]]:
         """Ways to give kernels to layers that may be the fastest as a whole; ``first`` leads."""
         native, heuristic = dict(first), dict(first)
-        for layer in self.layers:
+        for layer in tunable(self.plain):
             ours = [k for k in self.ranked(layer) if k.backend == "cpu"]
             if ours and isinstance(layer, Conv):
                 native[layer.result] = ours[0]
             heuristic[layer.result] = backends.heuristic(layer.op, layer.problem, self.device)
-        found = [first]
+        found = [dict(first)]
         for other in (native, heuristic):
             if other not in found:
                 found.append(other)
@@ -284,21 +419,40 @@ class _Planner:
 
     # -------------------------------------------------------------------------------------- proving
 
+    def proven_chains(self, layers: Layers, errors: Errors) -> list[Assignment]:
+        """The chained network without wrong kernels, in a list; empty if nothing stays chained.
+
+        A bottleneck whose chain kernels are all wrong on its own weights is not chained.
+        """
+        banned: set[int] = set()
+        while layers.spans:
+            (proven,) = self.prove(layers, [self.best(layers).kernels], errors)
+            broken = {
+                layer.block
+                for layer in tunable(layers)
+                if isinstance(layer, Chained) and proven.kernels[layer.result].backend == "torch"
+            }
+            if not broken:
+                return [proven]
+            banned |= broken
+            layers = self.chaining.layers_of(self.chaining.choose(banned))
+        return []
+
     def prove(
-        self, assignments: Sequence[dict[int, Kernel]]
-    ) -> tuple[list[dict[int, Kernel]], dict[tuple[int, Kernel], tuple[float, float]]]:
-        """The assignments without wrong kernels, and the error of each kernel on each layer."""
+        self, layers: Layers, assignments: Sequence[Mapping[int, Kernel]], errors: Errors
+    ) -> list[Assignment]:
+        """The assignments without wrong kernels; ``errors`` gets those of each kernel and layer."""
         proven = [dict(a) for a in assignments]
-        errors: dict[tuple[int, Kernel], tuple[float, float]] = {}
+        count = len(tunable(layers))
         done = 0
 
-        def visit(layer: Tunable, task: Task) -> Tensor:
+        def visit(layer: Tunable, task: Task) -> Results:
             nonlocal done
-            self.progress("comparing every layer with float64", done / max(1, len(self.layers)))
+            self.progress("comparing every layer with float64", done / max(1, count))
             done += 1
             wanted = list(dict.fromkeys(a[layer.result] for a in proven))
             tried: set[Kernel] = set()
-            result: Tensor | None = None
+            result: Results | None = None
             while wanted:
                 found, allowed, first = errors_of(layer, task, wanted)
                 result = first if result is None else result
@@ -306,8 +460,8 @@ class _Planner:
                 wanted = []
                 for kernel, outcome in found.items():
                     why = self.fault(kernel, outcome, allowed, layer)
-                    if isinstance(outcome, Error):
-                        errors[layer.result, kernel] = (outcome.l2, allowed.l2)
+                    if not isinstance(outcome, str):
+                        errors[layer.result, kernel] = largest(*outcome).l2, largest(*allowed).l2
                     if why is None:
                         continue
                     self.notes.append(f"{layer.name}: {kernel.full_name} is not used: {why}")
@@ -322,15 +476,27 @@ class _Planner:
                 wanted = list(dict.fromkeys(wanted))
             return stock_result(layer, task) if result is None else result
 
-        walk(self.whole, self.state, self.inputs, visit)
-        return proven, errors
+        walk(layers, self.state, self.inputs, visit)
+        return [Assignment(layers, kernels) for kernels in proven]
 
     def fault(
-        self, kernel: Kernel, found: Error | str, allowed: Error, layer: Tunable
+        self,
+        kernel: Kernel,
+        found: Sequence[Error] | str,
+        allowed: Sequence[Error],
+        layer: Tunable,
     ) -> str | None:
-        """None if a kernel with that error may compute the layer, else why not."""
+        """None if a kernel with these errors may compute the layer, else why not."""
         if isinstance(found, str):
             return found
+        pairs = zip(found, allowed, strict=True)
+        reasons = (self.fault_of_one(kernel, *pair, layer) for pair in pairs)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def fault_of_one(
+        self, kernel: Kernel, found: Error, allowed: Error, layer: Tunable
+    ) -> str | None:
+        """The same for one result of the layer."""
         dtype = layer.problem.dtype
         if kernel.backend == "torch" or found.within(allowed, dtype):
             return None
@@ -341,42 +507,39 @@ class _Planner:
             return f"its error is {found}, the tolerance {tolerance:.1e}"
         return f"its error is {found}, stock torch's is {allowed}"
 
-    def judged(
-        self,
-        kernels: dict[int, Kernel],
-        errors: dict[tuple[int, Kernel], tuple[float, float]],
-    ) -> dict[int, Kernel]:
+    def judged(self, assignment: Assignment, errors: Errors) -> Assignment:
         """The assignment, with as many inexact kernels replaced as the network's error asks for."""
         for share in (0.5, 1.0):
-            inexact = [layer for layer in self.layers if not kernels[layer.result].exact]
+            layers, kernels = assignment.layers, assignment.kernels
+            inexact = [layer for layer in tunable(layers) if not kernels[layer.result].exact]
             if self.judge is None or not inexact:
-                return kernels
+                return assignment
             with torch.inference_mode():
-                result = Program(self.whole, kernels, Weights(self.state))(*self.inputs)
+                result = assignment.program(Weights(self.state))(*self.inputs)
             wrong = self.judge.fault(result)
             if wrong is None:
-                return kernels
+                return assignment
             inexact.sort(key=lambda layer: -errors[layer.result, kernels[layer.result]][0])
             count = math.ceil(share * len(inexact))
             self.notes.append(f"{count} of {len(inexact)} inexact kernels are not used: {wrong}")
             instead = {
                 layer.result: self.ranked(layer, exact_only=True)[0] for layer in inexact[:count]
             }
-            (kernels,), found = self.prove([{**kernels, **instead}])
-            errors.update(found)
-        return kernels
+            (assignment,) = self.prove(layers, [{**kernels, **instead}], errors)
+        return assignment
 
     # -------------------------------------------------------------------------------------- contest
 
-    def contest(self, proven: list[dict[int, Kernel]]) -> tuple[int, float | None]:
+    def contest(self, proven: list[Assignment]) -> tuple[int, float | None]:
         """The position of the fastest assignment, and its time."""
-        distinct = [a for i, a in enumerate(proven) if a not in proven[:i]]
+        keys = [(a.layers.spans, a.kernels) for a in proven]
+        distinct = [a for i, a in enumerate(proven) if keys[i] not in keys[:i]]
         if len(distinct) == 1:
             return 0, None
         self.progress("timing the whole network", 0.9)
         budget = self.settings.budget * _CONTEST_SHARE
         weights = Weights(self.state)
-        programs = [Program(self.whole, a, weights) for a in distinct]
+        programs = [self.ready(a.program(weights)) for a in distinct]
         samples: list[list[float]] = [[] for _ in programs]
         start = time.monotonic()
         try:
@@ -394,29 +557,35 @@ class _Planner:
         if not all(samples):
             return 0, None
         medians = [statistics.median(s) for s in samples]
-        best = min(range(len(medians)), key=medians.__getitem__)
-        if medians[best] > medians[0] * (1 - _CONTEST_TIE):
-            best = 0
+        first = 0
+        if distinct[0].layers.spans and min(medians[1:]) <= medians[0]:
+            self.notes.append(
+                f"nothing is chained: as a whole the network takes {medians[0] * 1e3:.2f} ms with "
+                f"chains, and {min(medians[1:]) * 1e3:.2f} ms without"
+            )
+            first = 1
+        best = min(range(first, len(medians)), key=medians.__getitem__)
+        if medians[best] > medians[first] * (1 - _CONTEST_TIE):
+            best = first
         else:
             self.notes.append(
                 f"as a whole, another assignment than the fastest kernel of each layer is faster: "
-                f"{medians[best] * 1e3:.2f} ms rather than {medians[0] * 1e3:.2f} ms"
+                f"{medians[best] * 1e3:.2f} ms rather than {medians[first] * 1e3:.2f} ms"
             )
-        return proven.index(distinct[best]), medians[best]
+        return next(i for i, a in enumerate(proven) if a is distinct[best]), medians[best]
 
-    def joins_rightly(self, kernels: Mapping[int, Kernel]) -> bool:
+    def joins_rightly(self, assignment: Assignment) -> bool:
         """Whether the program returns what its layers return one by one."""
-        program = Program(self.whole, kernels, Weights(self.state))
+        program = assignment.program(Weights(self.state))
         if not program.native:
             return True
 
-        def visit(layer: Tunable, task: Task) -> Tensor:
-            result = call_of(kernels[layer.result], task)()
-            return channels_last(result) if isinstance(layer, Conv) else result
+        def visit(layer: Tunable, task: Task) -> Results:
+            return laid_out(layer, call_of(assignment.kernels[layer.result], task)())
 
         with torch.inference_mode():
             found = pytree.tree_leaves(program(*self.inputs))
-        one_by_one = walk(self.whole, self.state, self.inputs, visit)
+        one_by_one = walk(assignment.layers, self.state, self.inputs, visit)
         for ours, theirs in zip(found, one_by_one, strict=True):
             if not isinstance(ours, Tensor) or not ours.is_floating_point() or not ours.numel():
                 continue
@@ -433,33 +602,43 @@ class _Planner:
 
     def decision(
         self,
-        kernels: Mapping[int, Kernel],
-        errors: Mapping[tuple[int, Kernel], tuple[float, float]] | None = None,
+        assignment: Assignment,
+        errors: Errors | None = None,
         seconds: float | None = None,
     ) -> Decision:
         outcomes = []
-        for layer in self.layers:
-            kernel = kernels[layer.result]
+        layers = assignment.layers
+        for layer in tunable(layers):
+            kernel = assignment.kernels[layer.result]
             entry = self.table.entry(layer.op, layer.problem, self.device)
             found = (errors or {}).get((layer.result, kernel), (None, None))
             outcomes.append(Outcome(layer, kernel, entry, *found))
-        return Decision(outcomes, self.notes, seconds)
+        chains = self.chaining.outcomes(layers)
+        return Decision(layers, outcomes, self.notes, seconds, chains=chains)
 
     def from_proof(self, proof: Proof | None) -> Decision | None:
         """The decision that was proven before, if all of its kernels are there."""
-        if proof is None or not len(proof.kernels) == len(proof.errors) == len(self.layers):
+        if proof is None:
+            return None
+        try:
+            layers = self.chaining.layers_of(tuple(Span(*span) for span in proof.spans))
+        except ValueError:
+            return None
+        if not len(proof.kernels) == len(proof.errors) == len(tunable(layers)):
             return None
         outcomes = []
-        for layer, name, errors in zip(self.layers, proof.kernels, proof.errors, strict=True):
+        for layer, name, errors in zip(tunable(layers), proof.kernels, proof.errors, strict=True):
             kernel = backends.named(layer.op, name, layer.problem, self.device)
             if kernel is None:
                 return None
             entry = self.table.entry(layer.op, layer.problem, self.device)
             outcomes.append(Outcome(layer, kernel, entry, *errors))
-        return Decision(outcomes, [*self.notes, *proof.notes], proof.seconds, proof.join)
+        chains = self.chaining.outcomes(layers)
+        notes = [*self.notes, *proof.notes]
+        return Decision(layers, outcomes, notes, proof.seconds, proof.join, chains)
 
 
-def _seconds(program: Program, inputs: Sequence[Tensor]) -> float:
+def _seconds(program: Callable[..., Any], inputs: Sequence[Tensor]) -> float:
     on_gpu = inputs[0].device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(inputs[0].device)
@@ -476,6 +655,7 @@ __all__ = [
     "Progress",
     "Settings",
     "decide",
+    "decide_again",
     "decide_untimed",
     "measure_all",
 ]

@@ -20,7 +20,7 @@ from fused_resnet.backends.cpu_program import CpuProgram
 from fused_resnet.backends.cpu_program import Step as NativeStep
 from fused_resnet.backends.kernel import Kernel, PackedKernel
 from fused_resnet.graph import evaluate_constants, refs_in, substitute
-from fused_resnet.layers import AddRelu, Conv, Layer, Layers, Plain
+from fused_resnet.layers import AddRelu, Chained, Conv, Layer, Layers, Plain, lower
 from fused_resnet.weights import Weights
 
 #: The kernel of each layer that has one, by the layer's result.
@@ -79,7 +79,7 @@ class Program:
         self.kernels = dict(kernels)
         graph = layers.graph
         needed = {i for layer in layers.layers for i in layer.constants}
-        made = {*graph.inputs, *(layer.result for layer in layers.layers)}
+        made = {*graph.inputs, *(i for layer in layers.layers for i in layer.results)}
         needed |= set(refs_in(graph.outputs)) - made
         constants = evaluate_constants(graph, layers.constant, weights.state, needed)
         builder = _Builder(layers, self.kernels, weights, constants, join)
@@ -111,7 +111,7 @@ class Program:
         return Memory(
             arena,
             _peak(self.layers, lambda layer: 0 if layer.result in inside else 1),
-            _peak(self.layers, _stock_copies),
+            _peak(lower(self.layers.source) if self.layers.spans else self.layers, _stock_copies),
         )
 
 
@@ -135,16 +135,16 @@ def _peak(layers: Layers, copies: Callable[[Layer], int]) -> int:
     size: dict[int, int] = {}
     for position, layer in enumerate(layers.layers):
         count = copies(layer)
-        found = meta.get(layer.result)
-        own = 0 if found is None or count == 0 else found.bytes
+        sizes = {i: meta[i].bytes if i in meta and count else 0 for i in layer.results}
+        own = sum(sizes.values())
         temporary = own * (count - 1)
         if isinstance(layer, Conv) and layer.problem.pool is not None and count > 1:
             p = layer.problem
             temporary = 2 * p.n * p.k * p.conv_size[0] * p.conv_size[1] * p.dtype.itemsize
-        size[layer.result] = own
+        size.update(sizes)
         live += own
         peak = max(peak, live + temporary)
-        for value in {*layer.reads, layer.result}:
+        for value in {*layer.reads, *layer.results}:
             if last.get(value, position) == position:
                 live -= size.pop(value, 0)
     return peak
@@ -215,7 +215,8 @@ class _Builder:
         kept = {*refs_in(self.layers.graph.outputs), *self.constants}
         seen: set[int] = set(kept)
         for step in reversed(steps):
-            touched = {i for r in step.layers for i in (*by_result[r].reads, r)}
+            computed = [by_result[r] for r in step.layers]
+            touched = {i for layer in computed for i in (*layer.reads, *layer.results)}
             new = [i for i in touched if i not in seen and i in self.slots]
             step.frees = tuple(self.slots[i] for i in new)
             seen.update(new)
@@ -254,6 +255,8 @@ class _Builder:
             return self.conv_action(layer)
         if isinstance(layer, AddRelu):
             return self.add_action(layer)
+        if isinstance(layer, Chained):
+            return self.chain_action(layer)
         return self.plain_action(layer)
 
     def conv_action(self, layer: Conv) -> Action:
@@ -287,6 +290,20 @@ class _Builder:
             if x.stride() != y.stride():
                 y = torch.empty_like(x).copy_(y)
             env[target] = kernel.run(problem, x, y)
+
+        return action
+
+    def chain_action(self, layer: Chained) -> Action:
+        kernel, problem = self.kernels[layer.result], layer.problem
+        weights = self.weights.of_chain(kernel, layer, self.layers.graph, self.constants)
+        x, shortcut, target = map(self.slot, (layer.x, layer.shortcut, layer.result))
+        following = None if layer.mid_next is None else self.slot(layer.mid_next)
+
+        def action(env: list[Any]) -> None:
+            out, mid_next = kernel.run(problem, env[x], env[shortcut], *weights)
+            env[target] = ops.channels_last(out)
+            if following is not None:
+                env[following] = ops.channels_last(mid_next)
 
         return action
 

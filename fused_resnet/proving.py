@@ -19,19 +19,32 @@ from torch import Tensor
 from fused_resnet import backends, ops
 from fused_resnet.backends.kernel import Kernel
 from fused_resnet.graph import Graph, Literal, evaluate_constants, refs_in, substitute
-from fused_resnet.layers import Conv, Layers, Plain, Tunable
-from fused_resnet.numerics import Error, error
-from fused_resnet.problem import ConvProblem
+from fused_resnet.layers import Chained, Conv, Layers, Plain, Tunable
+from fused_resnet.numerics import Error
+from fused_resnet.problem import AddReluProblem, ChainProblem
 from fused_resnet.program import last_reads
 from fused_resnet.tuned_table import key_of
-from fused_resnet.tuning import Task, call_of, error_of_stock, reference
+from fused_resnet.tuning import (
+    Results,
+    Task,
+    call_of,
+    error_of_stock,
+    errors,
+    reference,
+    results_of,
+)
 
-#: Called with a layer that kernels compete for and its task; returns the layer's result.
-Visit = Callable[[Tunable, Task], Tensor]
+#: Called with a layer that kernels compete for and its task; returns the layer's results.
+Visit = Callable[[Tunable, Task], Results]
 
 
 def walk(
-    layers: Layers, state: Mapping[str, Tensor], inputs: Sequence[Tensor], visit: Visit
+    layers: Layers,
+    state: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    visit: Visit,
+    wanted: Mapping[int, Sequence[int]] | None = None,
+    seen: Callable[[int, dict[int, Tensor]], None] | None = None,
 ) -> list[Any]:
     """Run the layers one after another, each value let go when nobody reads it any more.
 
@@ -40,29 +53,38 @@ def walk(
         state: parameters and buffers by name.
         inputs: of the graph.
         visit: computes the layers that kernels compete for.
+        wanted: for the results of some layers, values that were made before them.
+        seen: told of such a result, before it is made, and of the values wanted.
 
     Returns:
         What the graph returns, as leaves.
     """
     graph = layers.graph
-    made = {*graph.inputs, *(layer.result for layer in layers.layers)}
+    made = {*graph.inputs, *(i for layer in layers.layers for i in layer.results)}
     needed = {i for layer in layers.layers for i in layer.constants}
     needed |= set(refs_in(graph.outputs)) - made
     constants = evaluate_constants(graph, layers.constant, state, needed)
     env: dict[int, Any] = dict(zip(graph.inputs, inputs, strict=True))
     last = last_reads(layers)
+    wanted = wanted or {}
+    for position, layer in enumerate(layers.layers):
+        for i in wanted.get(layer.result, ()):
+            last[i] = max(last.get(i, position), position)
 
     def value(i: int) -> Any:
         return constants[i] if i in constants else env[i]
 
     with torch.inference_mode(False), torch.no_grad():
         for position, layer in enumerate(layers.layers):
+            if layer.result in wanted and seen is not None:
+                seen(layer.result, {i: value(i) for i in wanted[layer.result]})
             if isinstance(layer, Plain):
                 args, kwargs = substitute((layer.call.args, layer.call.kwargs), value)
                 env[layer.result] = layer.call.op(*args, **kwargs)
             else:
-                env[layer.result] = visit(layer, _task(layer, value))
-            for i in {*layer.reads, layer.result}:
+                # A chained call returns the next activation even where there is none.
+                env.update(zip(layer.results, visit(layer, _task(layer, value)), strict=False))
+            for i in {*layer.reads, *layer.results, *wanted.get(layer.result, ())}:
                 if last.get(i, position) == position:
                     env.pop(i, None)
     results: list[Any] = substitute(list(graph.outputs), value)
@@ -77,10 +99,16 @@ def _task(layer: Tunable, value: Callable[[int], Tensor]) -> Task:
     return Task(layer.op, layer.problem, args[0].device, tuple(args))
 
 
-def stock_result(layer: Tunable, task: Task) -> Tensor:
-    """The layer's result by stock torch, laid out as the registered op promises."""
-    result = stock_kernel(task.op).run(task.problem, *task.args)
-    return ops.channels_last(result) if isinstance(layer, Conv) else result
+def stock_result(layer: Tunable, task: Task) -> Results:
+    """The layer's results by stock torch, laid out as the registered op promises."""
+    return laid_out(layer, stock_kernel(task.op).run(task.problem, *task.args))
+
+
+def laid_out(layer: Tunable, returned: Any) -> Results:
+    """What a kernel returned, in the layout that the registered op promises."""
+    results = results_of(returned)
+    convolved = isinstance(layer, Conv | Chained)
+    return tuple(map(ops.channels_last, results)) if convolved else results
 
 
 def stock_kernel(op: str) -> Kernel:
@@ -90,42 +118,43 @@ def stock_kernel(op: str) -> Kernel:
 
 def errors_of(
     layer: Tunable, task: Task, kernels: Sequence[Kernel]
-) -> tuple[dict[Kernel, Error | str], Error, Tensor | None]:
+) -> tuple[dict[Kernel, tuple[Error, ...] | str], tuple[Error, ...], Results | None]:
     """How far each kernel is off on a layer.
 
     Returns:
-        For each kernel its error, or why there is none; stock torch's error; and the result of the
-        first kernel that gave one.
+        For each kernel the errors of its results, or why there are none; stock torch's errors; and
+        the results of the first kernel that gave some.
     """
     ends = _ends(task)
     exact = reference(ends)
     allowed = error_of_stock(ends, exact)
-    found: dict[Kernel, Error | str] = {}
-    first: Tensor | None = None
+    found: dict[Kernel, tuple[Error, ...] | str] = {}
+    first: Results | None = None
     for kernel in kernels:
         try:
-            result = call_of(kernel, task)()
-            found[kernel] = error(_ends_of(result, task), exact)
+            results = laid_out(layer, call_of(kernel, task)())
+            found[kernel] = errors(tuple(_ends_of(r, task) for r in results), exact)
         except Exception as e:  # A kernel of any kind: what it raises makes it lose, no more.
             found[kernel] = f"it raised {type(e).__name__}: {e}"
             continue
         if first is None:
-            first = ops.channels_last(result) if isinstance(layer, Conv) else result
+            first = results
     return found, allowed, first
 
 
 def _ends(task: Task) -> Task:
     """The task for the first and the last image only."""
-    if not isinstance(task.problem, ConvProblem) or task.problem.n <= 2:
+    if isinstance(task.problem, AddReluProblem) or task.problem.n <= 2:
         return task
-    x, weight, scale, shift, residual = task.args
-    assert x is not None
-    r = None if residual is None else _ends_of(residual, task)
-    return Task(task.op, task.problem, task.device, (_ends_of(x, task), weight, scale, shift, r))
+    batched = (0, 1) if isinstance(task.problem, ChainProblem) else (0, 4)
+    args = tuple(
+        _ends_of(a, task) if i in batched and a is not None else a for i, a in enumerate(task.args)
+    )
+    return Task(task.op, task.problem, task.device, args)
 
 
 def _ends_of(t: Tensor, task: Task) -> Tensor:
-    if not isinstance(task.problem, ConvProblem) or task.problem.n <= 2:
+    if isinstance(task.problem, AddReluProblem) or task.problem.n <= 2:
         return t
     return torch.cat((t[:1], t[-1:])).contiguous(memory_format=torch.channels_last)
 
@@ -170,4 +199,4 @@ def tunable(layers: Layers) -> list[Tunable]:
     return [layer for layer in layers.layers if not isinstance(layer, Plain)]
 
 
-__all__ = ["digest", "errors_of", "stock_kernel", "stock_result", "tunable", "walk"]
+__all__ = ["digest", "errors_of", "laid_out", "stock_kernel", "stock_result", "tunable", "walk"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -90,11 +91,13 @@ class Source:
                 "was made with: call plan.refit(model.state_dict()), or optimize again"
             )
 
-    def refit(self, state: Mapping[str, Tensor]) -> None:
-        """Take other weights; the user's model keeps its own."""
-        self.model = clone(self.model)
-        self.model.load_state_dict(dict(state), assign=True)
-        self._seen = self._state_of_tensors()
+    def refitted(self, state: Mapping[str, Tensor]) -> Source:
+        """The same with other weights; the user's model keeps its own."""
+        other = copy.copy(self)
+        other.model = clone(self.model)
+        other.model.load_state_dict(dict(state), assign=True)
+        other._seen = other._state_of_tensors()
+        return other
 
     def _state_of_tensors(self) -> Any:
         return state_of(tuple(self.state.values()))

@@ -166,7 +166,17 @@ _FACTORIES = frozenset(
 )
 
 #: Leaves that return a tensor whenever they return at all.
-_TENSOR_LEAVES = (_ConvNd, _NormBase, nn.ReLU, nn.Linear, nn.Dropout, nn.Identity, nn.AvgPool2d)
+_TENSOR_LEAVES = (
+    _ConvNd,
+    _NormBase,
+    nn.ReLU,
+    nn.Linear,
+    nn.Dropout,
+    nn.Identity,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Flatten,
+)
 #: Operators that write to their first argument where it is a tensor.
 INPLACE_OPERATORS = (
     operator.iadd,
@@ -362,15 +372,21 @@ class _Tracer(fx.Tracer):
         node = value.node
         if node.op == "placeholder":
             self.result.tensors.add(str(node.target))
-        elif (
-            not (
-                node.op == "call_module"
-                and builtins.isinstance(self.root.get_submodule(str(node.target)), _TENSOR_LEAVES)
-            )
-            and node.target not in _TENSOR_FUNCTIONS
-        ):
+        elif node.op == "call_module":
+            if not _returns_tensor(self.root.get_submodule(str(node.target))):
+                raise Untraceable(f"it asks for the type of {node.name}")
+        elif node.target not in _TENSOR_FUNCTIONS:
             raise Untraceable(f"it asks for the type of {node.name}")
         return issubclass(Tensor, classes)
+
+
+def _returns_tensor(module: nn.Module) -> bool:
+    """Whether ``module`` is known to return one tensor where it is given one."""
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        return len(module) > 0 and all(map(_returns_tensor, module))
+    if isinstance(module, nn.MaxPool2d):
+        return not module.return_indices
+    return isinstance(module, _TENSOR_LEAVES)
 
 
 _IMMUTABLE = (fx.immutable_collections.immutable_list, fx.immutable_collections.immutable_dict)

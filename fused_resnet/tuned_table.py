@@ -121,6 +121,7 @@ class Proof:
         join: whether native layers in a row become one call.
         seconds: of one call of the whole; None if it was not timed.
         when: seconds since 1970.
+        spans: which bottlenecks are chained, and how: the fields of each `layers.Span`.
     """
 
     kernels: tuple[str, ...]
@@ -129,6 +130,7 @@ class Proof:
     join: bool = True
     seconds: float | None = None
     when: float = 0.0
+    spans: tuple[tuple[int, bool, bool, str], ...] = ()
 
 
 @dataclass
@@ -362,6 +364,7 @@ def _proof(data: dict[str, Any]) -> Proof:
         bool(data["join"]),
         None if data["seconds"] is None else float(data["seconds"]),
         float(data["when"]),
+        tuple((int(b), bool(f), bool(p), str(s)) for b, f, p, s in data.get("spans", ())),
     )
 
 

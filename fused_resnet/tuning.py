@@ -22,17 +22,26 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_resnet import backends
-from fused_resnet.backends.kernel import Kernel, PackedKernel
+from fused_resnet.backends.kernel import Kernel, PackedChainKernel, PackedKernel
 from fused_resnet.backends.verify import is_out_of_memory
-from fused_resnet.numerics import Error, error, fault, largest, reference_conv, stock_conv
-from fused_resnet.problem import AddReluProblem, ConvProblem, Problem
+from fused_resnet.numerics import (
+    Error,
+    error,
+    fault,
+    largest,
+    reference_chain,
+    reference_conv,
+    stock_chain,
+    stock_conv,
+)
+from fused_resnet.problem import AddReluProblem, ChainProblem, ConvProblem, Problem
 from fused_resnet.tuned_table import Entry, Timing
 from fused_resnet.warn import FusedResNetWarning
 
@@ -70,6 +79,25 @@ EFFORTS = {
 
 
 @dataclass(frozen=True)
+class Instead:
+    """What the kernels of a task have to beat: others that compute the same in several steps.
+
+    Attributes:
+        full_name: as in the table.
+        call: computes it, from nothing.
+    """
+
+    full_name: str
+    call: Callable[[], Any]
+    exact = True
+
+    @property
+    def name(self) -> str:
+        """As a kernel's."""
+        return self.full_name
+
+
+@dataclass(frozen=True)
 class Task:
     """A problem to measure, with the tensors of the first layer that has it.
 
@@ -78,24 +106,26 @@ class Task:
         problem: what is computed.
         device: where.
         args: as `Kernel.run` takes them, after the problem.
+        instead: what is timed in the place of stock torch, if something is.
     """
 
     op: str
     problem: Problem
     device: torch.device
     args: tuple[Tensor | None, ...]
+    instead: Instead | None = None
 
     @property
     def cost(self) -> float:
         """A guess at the time it takes, for the order of tuning: operations, or bytes if more."""
-        flops = self.problem.flops if isinstance(self.problem, ConvProblem) else 0
+        flops = 0 if isinstance(self.problem, AddReluProblem) else self.problem.flops
         return max(flops / 16, self.problem.min_bytes)
 
 
 @dataclass
 class _Candidate:
-    kernel: Kernel
-    call: Callable[[], Tensor]
+    kernel: Kernel | Instead
+    call: Callable[[], Any]
     error: Error
     samples: list[float] = field(default_factory=list)
 
@@ -108,13 +138,17 @@ def measure(task: Task, effort: Effort) -> Entry:
     """Verify and time every kernel for a task.
 
     Returns:
-        Its entry for the table. Of stock torch there always is a timing.
+        Its entry for the table. Of stock torch, or of what the task says instead, there always is
+        a timing; it leads the entry in the latter case, so that near-ties are its.
     """
     with torch.inference_mode(False), torch.no_grad():
         exact = reference(task)
         allowed = error_of_stock(task, exact)
         found: list[_Candidate] = []
         rejected: list[tuple[str, str]] = []
+        if task.instead is not None:
+            task.instead.call()
+            found.append(_Candidate(task.instead, task.instead.call, largest(*allowed)))
         for kernel in contenders(task, effort):
             outcome = _verified(kernel, task, exact, allowed)
             if isinstance(outcome, str):
@@ -126,14 +160,15 @@ def measure(task: Task, effort: Effort) -> Entry:
     timings = tuple(
         Timing(c.kernel.full_name, c.seconds, c.error.l2, c.kernel.exact) for c in found
     )
-    return Entry(allowed.l2, timings, tuple(rejected), effort.name, time.time())
+    stock_error = largest(*allowed).l2
+    return Entry(stock_error, timings, tuple(rejected), effort.name, time.time())
 
 
 def contenders(task: Task, effort: Effort) -> list[Kernel]:
     """All kernels of the op, simplest first; those that do not support the problem as they are."""
     found: list[Kernel] = []
     for kernel in backends.KERNELS:
-        if kernel.op != task.op:
+        if kernel.op != task.op or (task.instead is not None and kernel.backend == "torch"):
             continue
         supported = kernel.supports(task.problem, task.device) is None
         every = effort.variants and supported
@@ -145,13 +180,26 @@ def is_current(entry: Entry, task: Task, effort: Effort) -> bool:
     """Whether an entry of the table says all that measuring anew would."""
     if effort.name == "max" and entry.effort != "max":
         return False
-    return all(k.full_name in entry.considered for k in contenders(task, effort))
+    names = [k.full_name for k in contenders(task, effort)]
+    names += [] if task.instead is None else [task.instead.full_name]
+    return all(name in entry.considered for name in names)
 
 
-def call_of(kernel: Kernel, task: Task) -> Callable[[], Tensor]:
+def call_of(kernel: Kernel, task: Task) -> Callable[[], Any]:
     """A function of nothing that runs ``kernel`` on a task, its weights packed beforehand."""
     problem, args = task.problem, task.args
-    if isinstance(kernel, PackedKernel):
+    if isinstance(kernel, PackedChainKernel):
+        assert isinstance(problem, ChainProblem)
+        mid, shortcut, *convs = args
+        made: list[Any] = []
+        for i, layout in enumerate(kernel.layouts(problem, task.device)):
+            weight, scale, shift = convs[3 * i : 3 * i + 3]
+            if weight is not None and scale is not None and shift is not None:
+                made += [kernel.prepared(layout, weight, scale, shift), scale, shift]
+            else:
+                made += [None, None, None]
+        args = (mid, shortcut, *made)
+    elif isinstance(kernel, PackedKernel):
         x, weight, scale, shift, *rest = args
         packed: Any = kernel.prepared(problem, weight, scale, shift)  # type: ignore[arg-type]
         args = (x, packed, scale, shift, *rest)
@@ -168,42 +216,78 @@ def call_of(kernel: Kernel, task: Task) -> Callable[[], Tensor]:
 # --------------------------------------------------------------------------------------------------
 
 
-def reference(task: Task) -> Tensor:
-    """The task's result in float64, computed a few images at a time."""
-    if not isinstance(task.problem, ConvProblem):
-        a, b = task.args
-        assert a is not None
-        assert b is not None
-        return torch.relu(a.double() + b.double())
-    return torch.cat([reference_conv(task.problem, *piece) for piece in _pieces(task)])
+#: Every result of a task, as most have one.
+Results = tuple[Tensor, ...]
 
 
-def error_of_stock(task: Task, exact: Tensor) -> Error:
-    """Stock torch's error in the task's dtype, in whichever memory layout it is larger."""
-    if not isinstance(task.problem, ConvProblem):
-        a, b = task.args
-        assert a is not None
-        assert b is not None
-        return error(torch.relu(a + b), exact)
-    found = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        results = [
-            stock_conv(task.problem, piece[0].contiguous(memory_format=layout), *piece[1:])
-            for piece in _pieces(task)
-        ]
-        found.append(error(torch.cat(results), exact))
-    return largest(*found)
+def results_of(returned: Any) -> Results:
+    """What a kernel returned, as a tuple."""
+    return (returned,) if isinstance(returned, Tensor) else tuple(returned)
+
+
+def reference(task: Task) -> Results:
+    """The task's results in float64, computed a few images at a time."""
+    if isinstance(task.problem, AddReluProblem):
+        a, b = _two(task)
+        return (torch.relu(a.double() + b.double()),)
+    return _piecewise(task, reference_conv, reference_chain)
+
+
+def error_of_stock(task: Task, exact: Results) -> tuple[Error, ...]:
+    """Stock torch's errors in the task's dtype and in channels_last, the ops' own layout."""
+    if isinstance(task.problem, AddReluProblem):
+        a, b = _two(task)
+        return errors((torch.relu(a + b),), exact)
+    return errors(_piecewise(task, stock_conv, stock_chain, torch.channels_last), exact)
+
+
+def errors(results: Results, exact: Results) -> tuple[Error, ...]:
+    """How far each result is from its reference."""
+    return tuple(error(r, e) for r, e in zip(results, exact, strict=True))
+
+
+def _two(task: Task) -> tuple[Tensor, Tensor]:
+    a, b = task.args
+    assert a is not None
+    assert b is not None
+    return a, b
+
+
+def _piecewise(
+    task: Task,
+    conv: Callable[..., Tensor],
+    chain: Callable[..., Results],
+    layout: torch.memory_format | None = None,
+) -> Results:
+    """The task as these functions compute it, a few images at a time."""
+    p = task.problem
+    pieces: list[Results] = []
+    for given, *rest in _pieces(task):
+        x = given if layout is None else given.contiguous(memory_format=layout)
+        if isinstance(p, ChainProblem):
+            pieces.append(chain(replace(p, n=x.shape[0]), x, *rest))
+        else:
+            pieces.append((conv(p, x, *rest),))
+    return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
 
 
 def _pieces(task: Task) -> list[tuple[Any, ...]]:
-    x, weight, scale, shift, residual = task.args
+    """The arguments for a few images at a time; weights are the same for all."""
+    args = task.args
+    batched = (0, 1) if isinstance(task.problem, ChainProblem) else (0, 4)
+    x = args[0]
     assert x is not None
-    xs = x.split(_CHUNK)
-    residuals = [None] * len(xs) if residual is None else residual.split(_CHUNK)
-    return [(x, weight, scale, shift, r) for x, r in zip(xs, residuals, strict=True)]
+    count = len(x.split(_CHUNK))
+    columns = [
+        a.split(_CHUNK) if i in batched and a is not None else [a] * count
+        for i, a in enumerate(args)
+    ]
+    return list(zip(*columns, strict=True))
 
 
-def _verified(kernel: Kernel, task: Task, exact: Tensor, allowed: Error) -> _Candidate | str:
+def _verified(
+    kernel: Kernel, task: Task, exact: Results, allowed: tuple[Error, ...]
+) -> _Candidate | str:
     """The kernel ready to be timed, or why it is out."""
     reason = kernel.supports(task.problem, task.device)
     if reason is None:
@@ -212,10 +296,12 @@ def _verified(kernel: Kernel, task: Task, exact: Tensor, allowed: Error) -> _Can
         return reason
     try:
         call = call_of(kernel, task)
-        result = call()
-        if result.shape != exact.shape or result.dtype != task.problem.dtype:
-            return f"it returned {tuple(result.shape)} {result.dtype}"
-        found = error(result, exact)
+        results = results_of(call())
+        if [r.shape for r in results] != [e.shape for e in exact] or any(
+            r.dtype != task.problem.dtype for r in results
+        ):
+            return "it returned " + ", ".join(f"{tuple(r.shape)} {r.dtype}" for r in results)
+        found = errors(results, exact)
     except Exception as e:
         if kernel.backend == "torch":
             raise
@@ -227,8 +313,11 @@ def _verified(kernel: Kernel, task: Task, exact: Tensor, allowed: Error) -> _Can
                 stacklevel=2,
             )
         return reason
-    reason = fault(found, allowed, task.problem.dtype, kernel.exact)
-    return reason or _Candidate(kernel, call, found)
+    for ours, stocks in zip(found, allowed, strict=True):
+        reason = fault(ours, stocks, task.problem.dtype, kernel.exact)
+        if reason is not None:
+            return reason
+    return _Candidate(kernel, call, largest(*found))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,4 +385,18 @@ def _sweeper(task: Task) -> Callable[[], None] | None:
     return sweep
 
 
-__all__ = ["EFFORTS", "Effort", "Task", "is_current", "measure"]
+__all__ = [
+    "EFFORTS",
+    "Effort",
+    "Instead",
+    "Results",
+    "Task",
+    "call_of",
+    "contenders",
+    "error_of_stock",
+    "errors",
+    "is_current",
+    "measure",
+    "reference",
+    "results_of",
+]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.kernel import PackedKernel, Prepared
+from fused_resnet.backends.kernel import Kernel, PackedChainKernel, PackedKernel, Prepared
 from fused_resnet.fold import Recipe
 from fused_resnet.graph import Graph, Named
-from fused_resnet.layers import Conv
-from fused_resnet.problem import ConvProblem
+from fused_resnet.layers import Chained, Conv
 
 
 class Weights:
@@ -41,7 +41,7 @@ class Weights:
     def packed_as(
         self,
         kernel: PackedKernel,
-        problem: ConvProblem,
+        problem: Any,
         graph: Graph,
         weight: int,
         operands: tuple[Tensor, ...],
@@ -51,7 +51,7 @@ class Weights:
 
         Args:
             kernel: what packs.
-            problem: what for.
+            problem: what for, as the kernel's ``prepare`` takes it.
             graph: whose constants these are.
             weight: a constant.
             operands: weight [K, C / groups, R, S], scale and shift, as tensors.
@@ -66,6 +66,31 @@ class Weights:
             prepared = kernel.prepared(problem, *operands)
             self._packed[key] = Prepared(_detached(prepared.value, operands))
         return self._packed[key]
+
+    def of_chain(
+        self, kernel: Kernel, layer: Chained, graph: Graph, constants: Mapping[int, Tensor]
+    ) -> list[Any]:
+        """The layer's weights, scales and shifts as its kernel's ``run`` takes them."""
+        found: list[Any] = []
+        layouts: tuple[Any, ...] = ()
+        if isinstance(kernel, PackedChainKernel):
+            layouts = kernel.layouts(layer.problem, constants[layer.constants[0]].device)
+        for number in range(len(layer.weights) // 3):
+            triple = tuple(i for i in layer.weights[3 * number :][:3] if i is not None)
+            if not triple:
+                found += (None, None, None)
+                continue
+            operands = tuple(constants[i] for i in triple)
+            weight, *vectors = triple
+            first: Any
+            if isinstance(kernel, PackedChainKernel):
+                packs = tuple(vectors) if kernel.packs_vectors else ()
+                layout = layouts[number]
+                first = self.packed_as(kernel, layout, graph, weight, operands, packs)
+            else:
+                first = self.own(graph, weight, operands[0])
+            found += [first, *(self.own(graph, i, constants[i]) for i in vectors)]
+        return found
 
     def own(self, graph: Graph, value: int, tensor: Tensor) -> Tensor:
         """A constant that steps read as it is: a copy where it is the model's memory."""
@@ -119,6 +144,10 @@ def _detached(value: Any, sources: Sequence[Tensor]) -> Any:
     if isinstance(value, tuple):
         parts = [_detached(part, sources) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # Such as a tensor descriptor, which holds the memory that it describes.
+        old = {name: part for name, part in vars(value).items() if isinstance(part, Tensor)}
+        return dataclasses.replace(value, **{n: _detached(t, sources) for n, t in old.items()})
     return value
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import cuda
-from fused_resnet.backends.cuda_chain import pack_expand, pack_reduce, pack_taps
+from fused_resnet.backends.cuda_chain import pack_pointwise, pack_reduce, pack_taps
 from fused_resnet.backends.cuda_schedule import ConvSchedule, gathers_wide
 from fused_resnet.problem import EPILOGUES, ChainProblem, ConvProblem, conv_out_size
 from tests.emulator import Buffer, Output, Report
@@ -344,46 +344,76 @@ class ChainArgs(ctypes.Structure):
     """``ChainArgs`` of csrc/cuda/chain_args.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("n", "h", "w", "mid")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                *(
-                    "mid1",
-                    "weight2",
-                    "weight3",
-                    "weight1",
-                    "scale2",
-                    "shift2",
-                    "scale3",
-                    "shift3",
-                    "scale1",
-                    "shift1",
-                ),
-                *("residual", "out", "mid_next"),
-            )
-        ),
-        ("derived", ctypes.c_int32 * 8),
+        *((name, ctypes.c_int32) for name in ("n", "h", "w", "mid", "next", "proj", "stride")),
+        *((name, ctypes.c_int32) for name in ("step", "residual_h", "residual_w", "even")),
+        *((name, ctypes.c_void_p) for name in ("mid1", "weight2", "weight3", "weight_proj")),
+        *((name, ctypes.c_void_p) for name in ("weight1", "scale2", "shift2", "scale3", "shift3")),
+        *((name, ctypes.c_void_p) for name in ("scale_proj", "shift_proj", "scale1", "shift1")),
+        *((name, ctypes.c_void_p) for name in ("residual", "out", "mid_next")),
+        *((name, ctypes.c_int32) for name in ("out_h", "out_w", "kept_h", "kept_w", "tiles")),
+        ("divisors", ctypes.c_int32 * 6),
     ]
 
 
+def chain_args(problem: ChainProblem, residual: Tensor) -> ChainArgs:
+    """What the kernels take of a problem, without pointers; ``residual`` is [N, C, H, W]."""
+    p = problem
+    return ChainArgs(
+        n=p.n,
+        h=p.h,
+        w=p.w,
+        mid=p.m,
+        next=p.next,
+        proj=p.proj,
+        stride=p.stride,
+        step=p.step,
+        residual_h=residual.shape[2],
+        residual_w=residual.shape[3],
+        even=p.store == "even",
+    )
+
+
+def plan_chain(
+    given: ChainArgs, problem: ChainProblem, way: str, checked: bool = False
+) -> tuple[str, int, int]:
+    """Name, threads and shared bytes of the kernel; fills the derived fields of ``given``.
+
+    Args:
+        given: the arguments.
+        problem: what is computed.
+        way: ``resident`` or ``streamed`` weights, ``short``: streamed, for tiles of 4 x 16 pixels.
+        checked: which of the emulator's builds.
+
+    Raises:
+        ValueError: there is no such kernel.
+    """
+    p, threads = problem, ctypes.c_int()
+    kind = "next" if p.next == p.m else "wider" if p.next else "last"
+    if p.proj:
+        kind = "projected" if p.stride == 1 else "strided"
+    name = f"{p.m},{way},{kind}"
+    plan = _planner("bottleneck_chain", checked).plan_chain
+    shared_bytes = plan(name.encode(), ctypes.byref(given), ctypes.byref(threads))
+    if shared_bytes < 0:
+        raise ValueError(f"no kernel {name} for {problem}")
+    arithmetic = str(p.dtype).removeprefix("torch.")
+    return f"bottleneck_chain<{arithmetic},{name}>", threads.value, shared_bytes
+
+
 def bottleneck_chain(
-    run: Run, problem: ChainProblem, resident: bool, blocks: int, *args: Tensor | None
+    run: Run, problem: ChainProblem, way: str, blocks: int, *args: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The op by at most ``blocks`` blocks, with all weights in shared memory or streamed."""
+    """The op by at most ``blocks`` blocks; see `plan_chain` for ``way``."""
     mid, residual, *convs = args
     assert mid is not None
     assert residual is not None
-    n, _, h, w = mid.shape
-    tensors = {
-        "mid1": nhwc(mid),
-        "residual": nhwc(residual),
-        "out": mid.new_empty(n, h, w, problem.k),
-        "mid_next": mid.new_empty(n, h, w, problem.next),
-    }
-    packing = (("2", pack_taps, 0), ("3", pack_expand, 3), ("1", pack_reduce, 9))
-    for name, pack, first in packing:
-        weight, scale, shift = convs[first : first + 3]
+    out, mid_next = (
+        mid.new_empty(n, h, w, c) for n, c, h, w in (problem.out_shape, problem.next_shape)
+    )
+    tensors = {"mid1": nhwc(mid), "residual": nhwc(residual), "out": out, "mid_next": mid_next}
+    packing = (("2", pack_taps), ("3", pack_pointwise), ("_proj", pack_pointwise))
+    for i, (name, pack) in enumerate((*packing, ("1", pack_reduce))):
+        weight, scale, shift = convs[3 * i : 3 * i + 3]
         if weight is not None and scale is not None and shift is not None:
             tensors |= {"weight" + name: pack(weight), "scale" + name: scale, "shift" + name: shift}
     results = ["out"] + (["mid_next"] if problem.next else [])
@@ -391,24 +421,16 @@ def bottleneck_chain(
         name: run.buffer(t, name, name not in results) for name, t in tensors.items() if t.numel()
     }
     try:
-        given = ChainArgs(n=n, h=h, w=w, mid=problem.m)
+        given = chain_args(problem, residual)
         for name, buffer in buffers.items():
             setattr(given, name, buffer.address)
             buffer.protect(name in results)
-        library = _planner("bottleneck_chain", run.checked)
-        shared_bytes = library.derive_chain(ctypes.byref(given), int(resident))
-        way = f"{'resident' if resident else 'streamed'},{'next' if problem.next else 'last'}"
-        run.launch(
-            "bottleneck_chain",
-            f"bottleneck_chain<{str(mid.dtype).removeprefix('torch.')},{problem.m},{way}>",
-            {"args": given},
-            (min(blocks, n * -(-h // 8) * -(-w // 16)),),
-            256,
-            shared_bytes,
-        )
+        kernel, threads, shared_bytes = plan_chain(given, problem, way, run.checked)
+        grid = (min(blocks, given.tiles),)
+        run.launch("bottleneck_chain", kernel, {"args": given}, grid, threads, shared_bytes)
         for name in results:
             buffers[name].copy_to(tensors[name])
     finally:
         for buffer in buffers.values():
             buffer.close()
-    return tensors["out"].permute(0, 3, 1, 2), tensors["mid_next"].permute(0, 3, 1, 2)
+    return out.permute(0, 3, 1, 2), mid_next.permute(0, 3, 1, 2)

@@ -83,27 +83,56 @@ extern "C" __global__ void __launch_bounds__(StemTile<T>::kThreads)
 }
 
 #ifdef CHAIN
-extern "C" __global__ void __launch_bounds__(ChainTile64<64>::kThreads)
-    entry_chain(const void* mid1, const void* residual, const void* weight2, const float* scale2,
-                const float* shift2, const void* weight3, const float* scale3, const float* shift3,
-                const void* weight1, const float* scale1, const float* shift1, void* out,
-                void* mid_next, ChainArgs args) {
-  DYNAMIC_SHARED(char, shared);
-  args.mid1 = mid1;
-  args.residual = residual;
-  args.weight2 = weight2;
-  args.scale2 = scale2;
-  args.shift2 = shift2;
-  args.weight3 = weight3;
-  args.scale3 = scale3;
-  args.shift3 = shift3;
-  args.weight1 = weight1;
-  args.scale1 = scale1;
-  args.shift1 = shift1;
-  args.out = out;
-  args.mid_next = mid_next;
-  chain_block<MATH, ChainTile64<64>>(args, shared);
-}
+struct ChainPointers {
+  const void *mid1, *residual, *weight2;
+  const float *scale2, *shift2;
+  const void* weight3;
+  const float *scale3, *shift3;
+  const void* weight_proj;
+  const float *scale_proj, *shift_proj;
+  const void* weight1;
+  const float *scale1, *shift1;
+  void *out, *mid_next;
+
+  __device__ ChainArgs in(ChainArgs args) const {
+    args.mid1 = mid1;
+    args.residual = residual;
+    args.weight2 = weight2;
+    args.scale2 = scale2;
+    args.shift2 = shift2;
+    args.weight3 = weight3;
+    args.scale3 = scale3;
+    args.shift3 = shift3;
+    args.weight_proj = weight_proj;
+    args.scale_proj = scale_proj;
+    args.shift_proj = shift_proj;
+    args.weight1 = weight1;
+    args.scale1 = scale1;
+    args.shift1 = shift1;
+    args.out = out;
+    args.mid_next = mid_next;
+    return args;
+  }
+};
+
+#define CHAIN_ENTRY(name, ...)                                                                 \
+  extern "C" __global__ void __launch_bounds__(__VA_ARGS__::kThreads)                          \
+      name(const void* mid1, const void* residual, const void* weight2, const float* scale2,   \
+           const float* shift2, const void* weight3, const float* scale3, const float* shift3, \
+           const void* weight_proj, const float* scale_proj, const float* shift_proj,          \
+           const void* weight1, const float* scale1, const float* shift1, void* out,           \
+           void* mid_next, ChainArgs args) {                                                   \
+    DYNAMIC_SHARED(char, shared);                                                              \
+    const ChainPointers pointers = {                                                           \
+        mid1,        residual,   weight2,    scale2,  shift2, weight3, scale3, shift3,         \
+        weight_proj, scale_proj, shift_proj, weight1, scale1, shift1,  out,    mid_next};      \
+    chain_block<MATH, __VA_ARGS__>(pointers.in(args), shared);                                 \
+  }
+
+CHAIN_ENTRY(entry_chain, ChainTile<64, 64, 0, 1, 8, 4>)
+CHAIN_ENTRY(entry_chain_wider, ChainTile<64, 128, 0, 1, 8, 4>)
+CHAIN_ENTRY(entry_chain_projected, ChainTile<64, 64, 64, 1, 8, 4>)
+CHAIN_ENTRY(entry_chain_strided, ChainTile<128, 128, 256, 2, 4, 3>)
 #endif
 
 template __global__ void fused_resnet::device::add_relu<T>(const T*, const T*, T*, int64_t);

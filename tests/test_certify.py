@@ -19,6 +19,7 @@ from fused_resnet.certify import (
     Work,
     arch,
     bound,
+    certificates_of,
     certify,
     certify_all,
     certify_triton,
@@ -533,6 +534,12 @@ def test_json_is_stable_and_complete(documents, tmp_path: Path) -> None:
     assert entry["loop"]["classes"]["tensor"] == 2
     assert entry["bounds"][0]["predicted_us"] > 0
     assert "predicted" in document["label"]
+    # One line a certificate, and every figure of it is read back.
+    assert len([line for line in text.splitlines() if "registers" in line]) == len(certificates)
+    assert to_json(certificates_of(document), {"nvcc": "13.0"}) == text
+    back = certificates_of(document)["mma_async sm_80"]
+    assert back.tensor == certificates["mma_async sm_80"].tensor
+    assert back.widths("LDGSTS") == certificates["mma_async sm_80"].widths("LDGSTS") != ()
     path.write_text("[]")
     with pytest.raises(ValueError, match="no certificates"):
         load_json(path)

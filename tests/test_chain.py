@@ -263,9 +263,3 @@ def test_check_judges_every_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     report = fused_resnet.check(chained, model, x)
     assert not report.passed
     assert any(not row.passed for row in report.layers if "chain" in row.problem)
-
-
-def test_optimize_refuses_a_chained_model() -> None:
-    chained = chain(randomised(Net()))
-    with pytest.raises(TypeError, match="the model that it was made from"):
-        fused_resnet.optimize(chained, torch.randn(1, 3, 16, 16))

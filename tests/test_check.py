@@ -1,5 +1,6 @@
 """`check` finds what is wrong, names where, and lets pass what is right."""
 
+import importlib
 import json
 
 import pytest
@@ -11,6 +12,9 @@ from fused_resnet.backends.torch_ import AtenConv
 from fused_resnet.check import agreement, check, compare
 from fused_resnet.modules import Bottleneck
 from fused_resnet.resnet import ResNet
+
+#: The module, whose name in the package is the function's.
+check_module = importlib.import_module("fused_resnet.check")
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +135,20 @@ class _Around(nn.Module):
 
     def forward(self, x):
         return self.then(self.model(x))
+
+
+@pytest.mark.usefixtures("wrong_kernel")
+def test_an_op_is_judged_by_stock_torch_in_its_own_layout(monkeypatch, pair, x):
+    """What stock torch makes of the op in NCHW, be it far off, excuses nothing."""
+    stock_conv = check_module.stock_conv
+
+    def off_in_nchw(problem, x, *rest):
+        is_last = x.is_contiguous(memory_format=torch.channels_last)
+        return stock_conv(problem, x, *rest) * (1.0 if is_last else 1.1)
+
+    monkeypatch.setattr(check_module, "stock_conv", off_in_nchw)
+    failed = [row.name for row in check(*pair, x).layers if not row.passed]
+    assert failed == ["layer2.0.conv2"]
 
 
 def test_nan_is_found(pair, x):

@@ -182,6 +182,9 @@ FENCED_SHAPES = (
     {"c": 12, "k": 12, "groups": 3},
     {"c": 21, "k": 21, "groups": 7},
     {"c": 33, "k": 65, "stride": (2, 2)},
+    # Winograd's tiles of every size: images that no tile divides.
+    {"c": 17, "k": 19, "h": 7, "w": 9},
+    {"c": 34, "k": 70, "h": 10, "w": 5, "groups": 2, "padding": (0, 2)},
 )
 
 

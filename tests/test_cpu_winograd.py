@@ -199,6 +199,25 @@ def test_the_floating_point_environment_is_left_alone() -> None:
         assert float(tiny * 0.5) != 0.0, "subnormal numbers are flushed"
 
 
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("name", NAMES)
+def test_subnormal_results_are_not_flushed(name: str, isa: str) -> None:
+    # All inner outputs are 288 * 2^-140, far below the least normal number.
+    p = conv_problem(1, 32, 10, 11, 16, epilogue="none")
+    x = channels_last(torch.full((1, 32, 10, 11), 2.0**-100))
+    args = Args(x, torch.full((16, 32, 3, 3), 2.0**-40), torch.ones(16), torch.zeros(16), None)
+    inner = run(name, isa, p, args)[..., 1:-1, 1:-1]
+    assert torch.allclose(inner.double(), torch.tensor(288 * 2.0**-140).double(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_of_none(name: str, dtype: torch.dtype, isa: str) -> None:
+    p = conv_problem(0, 32, 9, 9, 32, dtype=dtype)
+    assert run(name, isa, p, draw(p)).shape == p.out_shape
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

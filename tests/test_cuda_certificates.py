@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import certify_cuda
+from benchmarks import certify_cuda, chain_traffic
 from fused_resnet.certify import Certificate, ToolMissing, compare, load_json, to_json, tools
 
 ARCHS = ("8.0", "9.0")
@@ -63,7 +63,9 @@ class TestMachineCode:
     def test_nothing_is_spilled_and_every_block_fits(
         self, certificates: dict[str, Certificate]
     ) -> None:
-        assert len(certificates) == 2 * len(list(certify_cuda.configs()))
+        sms = {"sm_" + arch.replace(".", "") for arch in ARCHS}
+        launched = [sms & set(config.archs or sms) for config in certify_cuda.configs()]
+        assert len(certificates) == sum(map(len, launched))
         assert [key for key, c in certificates.items() if c.spills] == []
         assert [key for key, c in certificates.items() if not c.fits] == []
 
@@ -137,8 +139,27 @@ def test_chains_move_what_they_must_and_less_than_tritons(committed: dict[str, A
     assert len(committed["emulated_chains"]) == len(certify_cuda.CHAINS)
     for chain in committed["emulated_chains"]:
         assert chain["dram"] <= 1.05 * chain["least_dram"], chain
-        assert chain["l2"] < chain["triton_l2"], chain
+        # Tiles of 8 x 16 pixels cover 28 x 28 with 30% to spare, and stride 2 has the largest halo.
+        strided = "strided" in chain["kernel"]
+        assert (chain["l2"] < chain["triton_l2"]) is not strided, chain
         assert set(chain["conflicts"].values()) == {1.0}, chain
+
+
+def test_chains_move_what_the_model_of_their_traffic_says(committed: dict[str, Any]) -> None:
+    """The emulator's count against the formula behind the tables of docs/chained-bottlenecks.md."""
+    for case, counted in zip(certify_cuda.CHAINS, committed["emulated_chains"], strict=True):
+        options = dict(case.options)
+        pixels = case.size**2
+        expected = chain_traffic.link(
+            1,
+            pixels,
+            case.mid,
+            options.get("following", case.mid),
+            options.get("stride", 1),
+            options.get("proj", 0),
+            options.get("store", "all"),
+        )
+        assert counted["dram"] * pixels == pytest.approx(expected.bytes, rel=1e-9), case
 
 
 def test_a_worse_count_is_noticed(committed: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +19,29 @@ from tests.emulator import SCHEDULES
 
 DTYPES = ("float16", "bfloat16")
 
-#: Kernels by the channels of the 3x3 and whether all weights stay in shared memory.
-KERNELS = ((64, True), (64, False), (128, False))
+#: The blocks that the kernels are for.
+BLOCKS: dict[str, dict[str, Any]] = {
+    "next": {},
+    "last": {"following": 0},
+    "wider": {"following": 2},
+    "even": {"following": 2, "store": "even"},
+    "projected": {"proj": 1},
+    "strided": {"proj": 2, "stride": 2},
+    "thinned": {"proj": 2, "stride": 2, "step": 1},
+}
 
-#: N, H, W: whole tiles of 8 x 16 pixels, ragged ones, images smaller than a tile.
+#: Channels of the 3x3, a block, and the way of the kernel, as `cuda_emulated.plan_chain` has it.
+KERNELS = (
+    *(
+        (64, block, way)
+        for block in ("next", "last", "wider", "even", "projected")
+        for way in ("resident", "streamed")
+    ),
+    *((128, block, "streamed") for block in ("next", "last", "wider", "even")),
+    *((128, block, way) for block in ("strided", "thinned") for way in ("streamed", "short")),
+)
+
+#: N, H, W of mid2: whole tiles of 8 x 16 pixels, ragged ones, images smaller than a tile.
 SIZES = {
     "whole": (1, 16, 32),
     "ragged": (2, 9, 21),
@@ -30,14 +51,21 @@ SIZES = {
 }
 
 
-def problem_of(name: str, mid: int, dtype: str, has_next: bool) -> ChainProblem:
-    following = mid if has_next else 0
-    return chain_problem(mid, *SIZES[name], following=following, dtype=emulated.DTYPES[dtype])
+def problem_of(name: str, mid: int, dtype: str, block: str, turn: int = 0) -> ChainProblem:
+    """Of stride 2 the inputs' sizes are even and odd by turns."""
+    n, h, w = SIZES[name]
+    options = dict(BLOCKS[block])
+    stride = options.get("stride", 1)
+    for channels in ("following", "proj"):
+        if channels in options:
+            options[channels] *= mid
+    h, w = (stride * side - (turn + i) % stride for i, side in enumerate((h, w)))
+    return chain_problem(mid, n, h, w, dtype=emulated.DTYPES[dtype], **options)
 
 
-def check(run: emulated.Run, problem: ChainProblem, resident: bool, blocks: int) -> None:
+def check(run: emulated.Run, problem: ChainProblem, way: str, blocks: int) -> None:
     args = chain_data(problem)
-    results = emulated.bottleneck_chain(run, problem, resident, blocks, *args)
+    results = emulated.bottleneck_chain(run, problem, way, blocks, *args)
     assert run.findings == []
     references, stocks = reference_chain(problem, *args), stock_chain(problem, *args)
     for result, reference, stock in zip(results, references, stocks, strict=True):
@@ -47,60 +75,72 @@ def check(run: emulated.Run, problem: ChainProblem, resident: bool, blocks: int)
             assert found.within(error(stock, reference), problem.dtype), f"{problem}: {found}"
 
 
-@pytest.mark.parametrize("has_next", [True, False], ids=["next", "last"])
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize(("mid", "resident"), KERNELS)
+@pytest.mark.parametrize(("mid", "block", "way"), KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_chain(dtype: str, mid: int, resident: bool, name: str, has_next: bool) -> None:
+def test_chain(dtype: str, mid: int, block: str, way: str, name: str) -> None:
     """Fewer blocks than tiles, so that each goes on to the next tile."""
-    turn = list(SIZES).index(name) + has_next
+    turn = list(SIZES).index(name) + KERNELS.index((mid, block, way))
     run = emulated.Run(
         schedule=SCHEDULES[turn % 3], seed=turn, placement=("right", "left")[turn % 2]
     )
-    check(run, problem_of(name, mid, dtype, has_next), resident, 1 + turn % 3)
+    check(run, problem_of(name, mid, dtype, block, turn), way, 1 + turn % 3)
 
 
-@pytest.mark.parametrize("has_next", [True, False], ids=["next", "last"])
-@pytest.mark.parametrize(("mid", "resident"), KERNELS)
+@pytest.mark.parametrize(("mid", "block", "way"), KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_checked_build_reports_nothing(
-    dtype: str, mid: int, resident: bool, has_next: bool
-) -> None:
-    turn = KERNELS.index((mid, resident)) + has_next
+def test_checked_build_reports_nothing(dtype: str, mid: int, block: str, way: str) -> None:
+    turn = KERNELS.index((mid, block, way)) + DTYPES.index(dtype)
     run = emulated.Run(
         checked=True, schedule=SCHEDULES[turn % 3], seed=turn, placement=("left", "right")[turn % 2]
     )
-    check(run, problem_of("ragged", mid, dtype, has_next), resident, 3)
+    check(run, problem_of("ragged", mid, dtype, block, turn), way, 3)
     (report,) = run.reports
     for kind in ("ldmatrix", "shared_load", "shared_store", "cp_async"):
         assert report.conflicts(kind) == 1.0, kind
     assert report.unread_copies == {}
 
 
-def test_results_are_written_once_by_16_bytes() -> None:
-    problem = problem_of("ragged", 64, "float16", True)
+@pytest.mark.parametrize(
+    ("mid", "block", "way"),
+    [
+        (64, "next", "resident"),
+        (64, "even", "resident"),
+        (64, "projected", "resident"),
+        (128, "strided", "short"),
+    ],
+)
+def test_results_are_written_once_by_16_bytes(mid: int, block: str, way: str) -> None:
+    problem = problem_of("ragged", mid, "float16", block)
     run = emulated.Run(checked=True)
-    check(run, problem, True, 2)
+    check(run, problem, way, 2)
     buffers = run.reports[0].buffers
     for name, shape in (("out", problem.out_shape), ("mid_next", problem.next_shape)):
         traffic = buffers[name]
         assert {width for width, count in traffic.writes.items() if count} == {"16"}
         size = 2 * torch.Size(shape).numel()
         assert traffic.bytes_written == traffic.unique_bytes_written == size
-    for name in ("mid1", "residual", "weight2", "weight3", "weight1"):
+    weights = ["weight2", "weight3", "weight1"] + ["weight_proj"] * (problem.proj > 0)
+    for name in ("mid1", "residual", *weights):
         traffic = buffers[name]
         assert {width for width, count in traffic.reads.items() if count} == {"16"}
-    # Once by each of two blocks.
-    assert buffers["weight2"].bytes_read == 2 * buffers["weight2"].unique_bytes_read
+    # Of the residual each pixel that is sampled, once.
+    n, k, oh, ow = problem.n, problem.proj or problem.k, *problem.size
+    residual = buffers["residual"]
+    assert residual.bytes_read == residual.unique_bytes_read == 2 * n * k * oh * ow
+    if way == "resident":
+        # Once by each of two blocks.
+        for name in weights:
+            assert buffers[name].bytes_read == 2 * buffers[name].unique_bytes_read
 
 
 @pytest.mark.parametrize("has_next", [True, False], ids=["next", "last"])
 def test_nan_arrives(has_next: bool) -> None:
-    problem = problem_of("whole", 64, "float16", has_next)
+    problem = problem_of("whole", 64, "float16", "next" if has_next else "last")
     mid, *rest = chain_data(problem)
     assert mid is not None
     mid[0, 5, 7, 16] = float("nan")
-    results = emulated.bottleneck_chain(emulated.Run(), problem, True, 2, mid, *rest)
+    results = emulated.bottleneck_chain(emulated.Run(), problem, "resident", 2, mid, *rest)
     references = reference_chain(problem, mid, *rest)
     for result, reference in zip(results, references, strict=True):
         assert torch.equal(result.isnan(), reference.isnan())
@@ -124,18 +164,38 @@ class TestKernel:
         problem = chain_problem(64)
         assert kernel.supports(problem, device) == "needs a CUDA device, not cpu"
         monkeypatch.setattr(cuda_chain, "unavailable", lambda device: None)
-        assert kernel.supports(problem, device) is None
-        assert kernel.supports(dataclasses.replace(problem, next=0), device) is None
-        assert kernel.supports(chain_problem(128), device) is None
+        gpu = SimpleNamespace(shared_memory_per_block_optin=166912)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+        for mid, block, _ in KERNELS:
+            assert kernel.supports(problem_of("whole", mid, "float16", block), device) is None
         for other, reason in (
             (dataclasses.replace(problem, dtype=torch.float32), "fp16 and bf16"),
             (chain_problem(256), "64 and 128 channels"),
-            (dataclasses.replace(problem, next=128), "64 and 128 channels"),
-            (dataclasses.replace(problem, stride=2), "stride 1"),
-            (chain_problem(64, proj=64), "projection"),
-            (dataclasses.replace(problem, store="even"), "all of their output"),
+            (chain_problem(128, k=256), "64 and 128 channels"),
+            (dataclasses.replace(problem, next=256), "256 next"),
+            (dataclasses.replace(problem, stride=2), "stride 2 with no projection"),
+            (chain_problem(64, proj=128), "a projection of 128"),
+            (chain_problem(64, following=0, store="pool"), "not their mean"),
             (dataclasses.replace(problem, n=2**20, h=64, w=64), "too large"),
         ):
             refusal = kernel.supports(other, device)
             assert refusal is not None
             assert reason in refusal
+        gpu.shared_memory_per_block_optin = 101376
+        assert kernel.supports(chain_problem(128, following=256), device) is None
+        refusal = kernel.supports(problem_of("whole", 128, "float16", "strided"), device)
+        assert refusal == "needs 125184 bytes of shared memory, this GPU has 101376"
+        gpu.major = 12
+        assert kernel.supports(chain_problem(128), device) is None
+        assert "spills" in (kernel.supports(chain_problem(128, following=256), device) or "")
+
+    def test_shared_memory_is_that_of_the_smallest_kernel(self) -> None:
+        found: dict[tuple[int, ...], int] = {}
+        for mid, block, way in KERNELS:
+            problem = problem_of("whole", mid, "float16", block)
+            residual = torch.empty(problem.residual_shape)
+            given = emulated.chain_args(problem, residual)
+            _, _, shared_bytes = emulated.plan_chain(given, problem, way)
+            key = problem.m, problem.next, problem.proj, problem.stride
+            found[key] = min(found.get(key, shared_bytes), shared_bytes)
+        assert found == cuda_chain._SHARED_BYTES

@@ -21,7 +21,9 @@ from fused_resnet.numerics import (
     stock_conv,
 )
 from fused_resnet.problem import EPILOGUES, AddReluProblem, ConvProblem
-from tests.chain_cases import chain_data, chain_problem
+from tests.chain_cases import chain_data
+from tests.test_cuda_chain import KERNELS as CHAINS
+from tests.test_cuda_chain import problem_of as chain_of
 from tests.test_cuda_conv import ODD, inputs, problem_of
 from tests.test_cuda_stem import SIZES
 from tests.test_cuda_stem import inputs as stem_inputs
@@ -72,12 +74,12 @@ def test_layers_of_resnets(dtype: torch.dtype, kernel, index: int, batch: int) -
 
 
 @pytest.mark.parametrize("size", [(1, 56), (32, 28), (3, 7)], ids=str)
-@pytest.mark.parametrize("following", [True, False], ids=["next", "last"])
-@pytest.mark.parametrize("m", [64, 128])
+@pytest.mark.parametrize(("m", "block"), sorted({(m, block) for m, block, _ in CHAINS}))
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_chain(dtype: torch.dtype, m: int, following: bool, size: tuple[int, int]) -> None:
+def test_chain(dtype: torch.dtype, m: int, block: str, size: tuple[int, int]) -> None:
     n, h = size
-    problem = chain_problem(m, n, h, h, following=m if following else 0, dtype=dtype)
+    shape = chain_of("whole", m, "float16", block)
+    problem = dataclasses.replace(shape, n=n, h=h, w=h, dtype=dtype)
     kernel = cuda_chain.CudaChain()
     reason = kernel.supports(problem, DEVICE)
     if reason is not None:

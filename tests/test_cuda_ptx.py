@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from fused_resnet.numerics import error, reference_chain, stock_chain
 from tests import cuda_emulated as emulated
 from tests import ptx
 from tests.chain_cases import chain_data, chain_problem
-from tests.emulator.project import kernels
 from tests.nvcc import compile_cuda, needs_nvcc
 from tests.test_cuda_conv import assert_right, inputs, problem_of
 from tests.test_cuda_stem import POOL
@@ -133,26 +133,36 @@ def test_stem(arithmetic: str) -> None:
     assert_stem_right(result, problem, arithmetic, x, weight, scale, shift)
 
 
+#: A chained bottleneck and the way of its kernel, as `cuda_emulated.plan_chain` has it.
+CHAINS = {
+    "entry_chain": (chain_problem(64, 1, 3, 18), "streamed"),
+    "entry_chain_wider": (chain_problem(64, 1, 3, 5, following=128, store="even"), "streamed"),
+    "entry_chain_projected": (chain_problem(64, 1, 3, 5, proj=64), "streamed"),
+    "entry_chain_strided": (chain_problem(128, 1, 5, 8, proj=256, stride=2), "short"),
+}
+
+
+@pytest.mark.parametrize("entry", CHAINS)
 @pytest.mark.parametrize("arithmetic", ["float16", "bfloat16"])
-def test_chain(arithmetic: str) -> None:
-    """One block and two tiles, most of whose pixels lie outside of the image."""
-    problem = chain_problem(64, 1, 3, 18, dtype=emulated.DTYPES[arithmetic])
+def test_chain(arithmetic: str, entry: str) -> None:
+    """One block and one or two tiles, most of whose pixels lie outside of the image."""
+    problem, way = CHAINS[entry]
+    problem = dataclasses.replace(problem, dtype=emulated.DTYPES[arithmetic])
     args = chain_data(problem)
-    mid, residual, w2, s2, b2, w3, s3, b3, *_, w1, s1, b1 = args
-    packed = [
-        *(emulated.nhwc(mid), emulated.nhwc(residual), cuda_chain.pack_taps(w2), s2, b2),
-        *(cuda_chain.pack_expand(w3), s3, b3, cuda_chain.pack_reduce(w1), s1, b1),
-    ]
+    mid, residual, *convs = args
+    layouts = ("taps", "pointwise", "pointwise", "reduce")
+    arrays = [array(emulated.nhwc(mid)), array(emulated.nhwc(residual))]
+    for i, layout in enumerate(layouts):
+        weight, scale, shift = convs[3 * i : 3 * i + 3]
+        packed = None if weight is None else cuda_chain.PACK[layout](weight)
+        arrays += map(array, (packed, scale, shift))
     out, following = (
         array(torch.zeros(n, h, w, c, dtype=problem.dtype))
         for n, c, h, w in (problem.out_shape, problem.next_shape)
     )
-    given = emulated.ChainArgs(n=1, h=3, w=18, mid=64, mid_next=1)
-    library = ctypes.CDLL(str(kernels("bottleneck_chain", checked=False).library))
-    shared_bytes = library.derive_chain(ctypes.byref(given), 0)
-    module(arithmetic)["entry_chain"].run(
-        1, 256, [*map(array, packed), out, following, bytes(given)], shared_bytes
-    )
+    given = emulated.chain_args(problem, residual)
+    _, threads, shared_bytes = emulated.plan_chain(given, problem, way)
+    module(arithmetic)[entry].run(1, threads, [*arrays, out, following, bytes(given)], shared_bytes)
     results = [result_of(y, problem.dtype).permute(0, 3, 1, 2) for y in (out, following)]
     for result, reference, stock in zip(
         results, reference_chain(problem, *args), stock_chain(problem, *args), strict=True

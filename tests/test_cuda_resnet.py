@@ -40,9 +40,7 @@ class EmulatedNetwork:
 
     def __init__(self, arithmetic: str, chained: bool = False) -> None:
         self.arithmetic = arithmetic
-        self.chained = (
-            chained  # bottlenecks of 64 and 128 channels from their 3x3 on, as one kernel
-        )
+        self.chained = chained  # Whether stages 1 and 2 are computed in chains of bottlenecks.
         self.chains = 0
         self.run = emulated.Run()
 
@@ -75,38 +73,51 @@ class EmulatedNetwork:
         y = self.conv(y, block.conv2, block.bn2, "relu", None)
         return self.conv(y, block.conv3, block.bn3, "add_relu", identity)
 
-    def stage(self, blocks: nn.Sequential, x: Tensor) -> Tensor:
-        """All blocks of a stage: after the first one chained, if they can be."""
-        first, *rest = blocks
-        x = self.block(first, x)
-        if not self.chained or first.conv2.in_channels > 128:
-            for block in rest:
-                x = self.block(block, x)
-            return x
-        mid = self.conv(x, rest[0].conv1, rest[0].bn1, "relu", None)
-        for block, following in zip(rest, [*rest[1:], None], strict=True):
-            convs = [(block.conv2, block.bn2), (block.conv3, block.bn3)]
-            args = [t for conv, bn in convs for t in (conv.weight, *affine_of(conv, bn))]
-            args += [None] * 6
-            if following is not None:
-                conv, bn = following.conv1, following.bn1
-                args[9:] = [conv.weight, *affine_of(conv, bn)]
+    def chain(self, blocks: list[nn.Module], after: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Bottlenecks cut before each 3x3: the last one's output, and ``after``'s first activation.
+
+        Where the next block has stride 2, only the pixels that its projection reads are stored.
+        """
+        mid = self.conv(x, blocks[0].conv1, blocks[0].bn1, "relu", None)
+        for block, following in zip(blocks, [*blocks[1:], after], strict=True):
+            layers = [(block.conv2, block.bn2), (block.conv3, block.bn3), block.downsample]
+            args: list[Tensor | None] = []
+            for layer in (*layers, (following.conv1, following.bn1)):
+                args += (None,) * 3 if layer is None else (layer[0].weight, *affine_of(*layer))
             n, m, h, w = mid.shape
-            width = 0 if following is None else m
-            problem = ChainProblem(n, m, h, w, 4 * m, width, 0, 1, 1, "all", mid.dtype)
+            proj = 0 if block.downsample is None else x.shape[1]
+            store = "even" if following.conv2.stride == (2, 2) else "all"
+            shape = n, m, h, w, 4 * m, following.conv1.out_channels, proj
+            problem = ChainProblem(*shape, block.conv2.stride[0], 1, store, mid.dtype)
+            way = "resident" if m == 64 else "streamed"
             x, mid = emulated.bottleneck_chain(
-                self.run, problem, m == 64, MULTIPROCESSORS, mid, x, *args
+                self.run, problem, way, MULTIPROCESSORS, mid, x, *args
             )
             self.chains += 1
-        return x
+        return x, mid
+
+    def chained_stages(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Stages 1 and 2 as one chain, and the rest of the block that it leads to."""
+        after = model.layer3[0]
+        x, mid = self.chain([*model.layer1, *model.layer2], after, x)
+        y = self.conv(mid, after.conv2, after.bn2, "relu", None)
+        # Only every second pixel of x has been stored.
+        projection, norm = copy.copy(after.downsample[0]), after.downsample[1]
+        projection.stride = (1, 1)
+        identity = self.conv(x, projection, norm, "none", None)
+        return self.conv(y, after.conv3, after.bn3, "add_relu", identity)
 
     def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
         pool = MaxPool((3, 3), (2, 2), (1, 1))
         problem = self.problem(x, model.conv1, "relu", pool)
         affine = affine_of(model.conv1, model.bn1)
         x = emulated.stem(self.run, problem, self.arithmetic, x, model.conv1.weight, *affine)
-        for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-            x = self.stage(stage, x)
+        blocks = [*model.layer1, *model.layer2, *model.layer3, *model.layer4]
+        if self.chained:
+            x = self.chained_stages(model, x)
+            blocks = [*model.layer3[1:], *model.layer4]
+        for block in blocks:
+            x = self.block(block, x)
         pixels = x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
         pooled = emulated.global_average_pool(self.run, pixels)
         classifier = model.fc
@@ -160,5 +171,5 @@ def test_deeper_networks(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_resnet50_with_chained_bottlenecks(dtype: torch.dtype) -> None:
-    """Two blocks of the first stage and three of the second."""
-    assert compare("resnet50", dtype, chained=True).chains == 5
+    """All three blocks of the first stage and all four of the second."""
+    assert compare("resnet50", dtype, chained=True).chains == 7

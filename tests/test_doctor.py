@@ -1,6 +1,9 @@
 """The doctor calls broken what the user must mend, and nothing else."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,6 +81,49 @@ def test_the_environment(monkeypatch):
     diagnosis = doctor.examine()
     assert _find(diagnosis, "Environment", "FUSED_RESNET_BACKEND").value == "torch"
     assert _find(diagnosis, "Environment", "OMP_NUM_THREADS").value == "1"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("FUSED_RESNET_BACKEND", "torch,tirton", "unknown backend 'tirton'; available: cpu, "),
+        ("FUSED_RESNET_ISA", "avx1024", "expected a level that this CPU can run (generic"),
+    ],
+)
+def test_a_wrong_setting_is_told_by_doctor_and_an_error_where_it_would_count(
+    name, value, reason, tmp_path
+):
+    if name == "FUSED_RESNET_ISA" and _build.extension is None:
+        pytest.skip("without the extension there are no levels")
+    environment = {**os.environ, name: value, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+
+    def python(*arguments):
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+    diagnosis = python("-m", "fused_resnet", "doctor", "--json", str(tmp_path / "found.json"))
+    assert diagnosis.returncode == 1, diagnosis.stderr
+    findings = json.loads((tmp_path / "found.json").read_text())["findings"]
+    broken = [f for f in findings if f["status"] == "broken"]
+    assert [f["name"] for f in broken] == [name]
+    assert broken[0]["value"].startswith(f"{value}: unset or mend it; environment variable {name}=")
+    assert reason in broken[0]["value"]
+    code = (
+        "import torch, fused_resnet; fused_resnet.functional.add_relu(*torch.ones(2, 1, 4, 8, 8))"
+    )
+    called = python("-c", code)
+    assert called.returncode == 1
+    assert f"ValueError: environment variable {name}=" in called.stderr
+    assert reason in called.stderr
+    checked = python("-m", "fused_resnet", "check", "resnet18", "--size", "32")
+    assert checked.returncode == 2, checked.stderr
+    assert checked.stderr.startswith(f"error: environment variable {name}="), checked.stderr
 
 
 def test_a_driver_that_torch_cannot_use(monkeypatch, tmp_path):

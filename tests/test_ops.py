@@ -10,6 +10,9 @@ import torch
 from hypothesis import assume, given
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import grad as grad_of
+from torch.func import jacfwd, jvp, vmap
 
 from fused_resnet import backends, fold, functional, ops
 from fused_resnet.problem import EPILOGUES, ConvProblem, MaxPool
@@ -466,6 +469,53 @@ def test_in_place_op_refuses_gradients() -> None:
         OPS.add_relu_(a, b)
     with torch.no_grad():
         OPS.add_relu_(a, b)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("name", [*EPILOGUES, "stem", "add"])
+def test_forward_mode_and_function_transforms(name: str, gradients: bool) -> None:
+    """Of the ops themselves, called directly, in every way that torch has."""
+    pool = POOL if name == "stem" else None
+    epilogue = name if name in EPILOGUES else "relu"
+    p = conv_problem(2, 3, 8, 8, 4, 3, dtype=torch.float64, epilogue=epilogue, pool=pool)
+    args = draw(p)
+    v = torch.randn_like(args.x)
+
+    def op(x: Tensor) -> Tensor:
+        return OPS.add_relu(x, args.x) if name == "add" else call(p, args._replace(x=x))
+
+    def plain(x: Tensor) -> Tensor:
+        return torch.relu(x + args.x) if name == "add" else reference(p, args._replace(x=x))
+
+    x = args.x + 0.1
+    with torch.set_grad_enabled(gradients):
+        for actual, wanted in zip(jvp(op, (x,), (v,)), jvp(plain, (x,), (v,)), strict=True):
+            torch.testing.assert_close(actual, wanted)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, v)
+            found, wanted = (forward_ad.unpack_dual(f(dual)).tangent for f in (op, plain))
+            torch.testing.assert_close(found, wanted)
+        for transform in (lambda f: grad_of(lambda x: f(x).square().sum()), jacfwd):
+            torch.testing.assert_close(transform(op)(x), transform(plain)(x))
+        vs = torch.stack([v, 2 * v])
+        found, wanted = (vmap(lambda v, f=f: jvp(f, (x,), (v,))[1])(vs) for f in (op, plain))
+        torch.testing.assert_close(found, wanted)
+
+
+def test_ops_without_derivatives_refuse_forward_mode() -> None:
+    a, b = torch.randn(2, 3), torch.randn(2, 3)
+    with pytest.raises(RuntimeError, match="add_relu_ has no forward-mode derivative"):
+        jvp(lambda a: OPS.add_relu_(a * 1, b) or a, (a,), (a,))
+    p = conv_problem(1, 64, 4, 4, 64, 3)
+    conv = (draw(p).weight, torch.ones(64), torch.zeros(64))
+    wide = (torch.randn(256, 64, 1, 1), torch.ones(256), torch.zeros(256))
+    x = torch.randn(1, 64, 4, 4)
+    with pytest.raises(RuntimeError, match="bottleneck_chain has no forward-mode derivative"):
+        jvp(
+            lambda x: functional.bottleneck_chain(x, torch.zeros(1, 256, 4, 4), conv, wide)[0],
+            (x,),
+            (x,),
+        )
 
 
 @pytest.mark.parametrize("backend", ["default", "torch"])

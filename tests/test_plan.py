@@ -8,7 +8,10 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet import backends, plan_file, planner, tuning
+from fused_resnet._build import extension
 from fused_resnet.backends import FusedResNetWarning
 from fused_resnet.cuda_graph import CudaGraph
 from fused_resnet.plan_file import PlanFileError
@@ -106,6 +110,21 @@ def test_wrong_arguments_are_named() -> None:
         plan(X.clone().requires_grad_())
 
 
+@pytest.mark.parametrize("wrong", ["text", 1, None, X.numpy(), [1.0, 2.0], {"x": "text"}])
+def test_what_is_no_tensor_is_refused_with_what_is_expected(wrong: Any) -> None:
+    for plan in (optimized(blocks()), optimized(blocks(), strict_shapes=True)):
+        message = (
+            r"^argument 0 must be a tensor: the plan of Blocks was made for 2x3x48x48 float32; "
+            rf"got {type(wrong).__name__}$"
+        )
+        with pytest.raises(TypeError, match=message):
+            plan(wrong)
+    plan = fused_resnet.optimize(blocks(), {"x": X})
+    with pytest.raises(TypeError, match=r"argument 'x' must be a tensor: .*; got"):
+        plan(x=wrong)
+    plan(x=X)
+
+
 def test_a_plan_is_no_ordinary_module() -> None:
     plan = optimized(blocks())
     assert list(plan.parameters()) == []
@@ -184,6 +203,79 @@ def test_two_threads_share_a_plan() -> None:
     for t in threads:
         t.join()
     assert wrong == []
+
+
+#: CPU time of every thread of the process but the first, before and after calls with 1, 2 and 1
+#: threads. Workers of OpenMP that wait must sleep, or else waiting would count.
+THREADS = """
+import os, torch
+from tests.plans import small_resnet
+import fused_resnet
+
+def ticks():
+    found = 0
+    for task in os.listdir("/proc/self/task"):
+        if int(task) != os.getpid():
+            with open(f"/proc/self/task/{task}/stat") as stat:
+                found += sum(map(int, stat.read().rpartition(")")[2].split()[11:13]))
+    return found
+
+torch.set_num_threads(1)
+x = torch.randn(8, 3, 96, 96)
+with fused_resnet.backend("cpu"):
+    plan = fused_resnet.optimize(small_resnet(), x, budget=0.0)
+(program,) = next(iter(plan._specialisations.values())).program.native
+expected = plan(x)
+for threads in (1, 2, 1):
+    torch.set_num_threads(threads)
+    before = ticks()
+    for _ in range(200):
+        y, = program(x)
+    print(threads, ticks() - before, torch.allclose(y, expected, atol=1e-4))
+"""
+
+
+@pytest.mark.skipif(extension is None, reason="no compiled extension")
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="no /proc here")
+def test_the_number_of_threads_is_torchs_at_each_call(tuned: Path) -> None:
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", THREADS],
+        capture_output=True, text=True, check=False, timeout=300, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == ["1", "2", "1"]
+    assert all(line[2] == "True" for line in lines)
+    alone, two, again = (int(line[1]) for line in lines)
+    assert alone <= 1, "with one thread, others worked too"
+    assert two >= 5, "with two threads, the second one did nothing"
+    assert again <= 1, "back at one thread, others still worked"
+
+
+@pytest.mark.skipif(extension is None, reason="no compiled extension")
+def test_other_threads_of_python_run_while_a_plan_computes() -> None:
+    x = torch.randn(48, 3, 96, 96)
+    with fused_resnet.backend("cpu"):
+        plan = optimized(small_resnet(), x)
+    (program,) = next(iter(plan._specialisations.values())).program.native
+    program(x)
+    done = threading.Event()
+
+    def compute() -> None:
+        for _ in range(3):
+            program(x)
+        done.set()
+
+    worker = threading.Thread(target=compute)
+    turns = 0
+    worker.start()
+    while not done.is_set():
+        turns += 1
+        time.sleep(1e-4)
+    worker.join()
+    # Were the interpreter's lock kept, there would be a turn before each of the calls.
+    assert turns > 10
 
 
 def test_a_forked_child_runs_the_plan() -> None:

@@ -5,6 +5,7 @@ import random
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from fused_resnet import bench, rooflines, zoo
 from fused_resnet.bench import Case, Measured, Report, Result, Settings
 from fused_resnet.cli import app
 from fused_resnet.console import UserError
+from fused_resnet.contenders import CONTENDERS
 from fused_resnet.machine import Machine
 from fused_resnet.problem import ConvProblem, MaxPool
-from fused_resnet.report import page, run
+from fused_resnet.report import charts, document, page, run
 from fused_resnet.report.charts import Scale, number
 from fused_resnet.report.document import percentile
 from fused_resnet.rooflines import Ceiling, LayerTime, NetworkLayers
@@ -363,3 +365,12 @@ def test_ceilings_are_measured(monkeypatch):
     monkeypatch.setattr(rooflines, "clock", clock)
     found = rooflines.ceiling(torch.float32, torch.device("cpu"))
     assert found == Ceiling("float32", 2 * 128**3 / 2.0, 2 * (1 << 20) / 1.0)
+
+
+def test_no_two_contenders_have_one_marker():
+    """For eyes that do not tell colours apart, and of colours there are enough."""
+    numbers = [document._series(key) for key in CONTENDERS]
+    assert len({charts._marker(n, 0, 0) for n in numbers}) == len(set(numbers)) == len(CONTENDERS)
+    css = (Path(document.__file__).parent / "page.css").read_text()
+    for n in numbers:
+        assert css.count(f"--s{n}: #") == 2  # Light and dark.

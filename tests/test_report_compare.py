@@ -134,10 +134,56 @@ def test_on_the_command_line(tmp_path):
     assert result.exit_code == 0
 
 
-def test_a_file_that_is_no_report(tmp_path):
-    _report(0).save(tmp_path / "old.json")
-    (tmp_path / "new.json").write_text("[]")
-    names = [str(tmp_path / name) for name in ("old.json", "new.json")]
-    result = CliRunner().invoke(app, ["bench", "--compare", *names])
-    assert result.exit_code == 2
-    assert "is no report" in result.stderr
+def _without_cases(data):
+    data["results"] = [{}]
+
+
+def _without_numbers(data):
+    data["results"][0]["contenders"]["fused"]["seconds"] = ["fast"]
+
+
+def _with_something_else(data):
+    data["colour"] = "blue"
+
+
+def _of_another_version(data):
+    data["schema"] = "fused_resnet.bench/0"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "No such file"),
+        ("[]", "schema None"),
+        ("{", "is not JSON"),
+        (_of_another_version, "schema fused_resnet.bench/0, not fused_resnet.bench/1"),
+        (_without_cases, "KeyError: 'case'"),
+        (_without_numbers, "ValueError: could not convert string to float: 'fast'"),
+        (_with_something_else, "unexpected keyword argument 'colour'"),
+    ],
+)
+def test_a_file_that_is_no_report(tmp_path, content, reason):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    _report(0).save(old)
+    if callable(content):
+        data = json.loads(old.read_text())
+        content(data)
+        new.write_text(json.dumps(data))
+    elif content is not None:
+        new.write_text(content)
+    for files in ((old, new), (new, old)):
+        result = CliRunner().invoke(app, ["bench", "--compare", *map(str, files)])
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: {new} ") or f"cannot read {new}" in result.stderr
+        assert reason in result.stderr
+
+
+def test_what_was_timed_in_neither_run_is_no_row():
+    """A peer that is not installed, say; one that was installed since is new."""
+    reports = [_report(0), _report(1)]
+    for report in reports:
+        report.results[0].contenders["openvino"] = Measured(missing="not installed")
+    assert [c.contender for c in compare(*reports).changes] == ["stock_nhwc", "fused"]
+    reports[1].results[0].contenders["openvino"] = Measured(seconds=[1.0] * 60)
+    change = compare(*reports).changes[1]
+    assert (change.contender, change.verdict) == ("openvino", "new")

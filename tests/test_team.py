@@ -6,6 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+from fused_resnet import _build
+from fused_resnet.backends.cpu import native_conv
+from tests.helpers import conv_problem, draw
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,3 +91,31 @@ def test_a_slow_thread_holds_up_nobody(driver: Path) -> None:
         assert own == list(range(len(own)))
         assert len(own) < 20
         assert set(ranks[len(own) :]) == {1}
+
+
+@pytest.mark.skipif(_build.extension is None, reason="the extension is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_who_computes_what_does_not_change_a_bit(dtype: torch.dtype) -> None:
+    """More threads than cores: they take each other's units, other ones each time."""
+    assert _build.extension is not None
+    isa = _build.extension.isa()
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        for name in _build.extension.cpu_conv_kernels(isa):
+            for size, channels in ((30, 32), (7, 192)):
+                p = conv_problem(
+                    1, channels, size, size, channels, padding=(1, 1), epilogue="add_relu",
+                    dtype=dtype,
+                )  # fmt: skip
+                conv = native_conv(name, isa, p)
+                if conv.why_not:
+                    continue
+                args = draw(p, 0)
+                weight = conv.pack(args.weight)
+                run = lambda: conv.run(args.x, weight, args.scale, args.shift, args.residual)  # noqa: B023, E731
+                first = run()
+                for _ in range(10):
+                    assert torch.equal(run(), first), name
+    finally:
+        torch.set_num_threads(before)

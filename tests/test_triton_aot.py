@@ -5,6 +5,7 @@ configuration that the heuristic returns for ResNet-18 and ResNet-50, is ``make 
 """
 
 import dataclasses
+import math
 import os
 import re
 from pathlib import Path
@@ -42,6 +43,7 @@ from fused_resnet.backends.triton_.config import (
     heuristic,
     stem_pool_tile,
 )
+from fused_resnet.backends.triton_.launch import TYPES
 from fused_resnet.backends.triton_.layout import nearest_tf32, row_weights
 from fused_resnet.backends.triton_.plans import (
     add_relu_launch,
@@ -56,6 +58,7 @@ from fused_resnet.certify import certify_triton
 from fused_resnet.numerics import error, reference_conv, stock_conv
 from fused_resnet.problem import AddReluProblem, ChainProblem, ConvProblem
 
+from . import im2col
 from .ptx.runner import load
 
 pytestmark = pytest.mark.skipif(
@@ -187,45 +190,76 @@ def test_cases_cover_every_layer():
     assert len({p for p in resnet_problems(50, 1, F16) if p.pool is None}) == 24
 
 
-def test_im2col_compiles():
-    """The Gluon kernel, which nothing has ever executed, compiles to what it is meant to be."""
-    gluon = pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
+def im2col_certificate(capability, problem):
+    """The machine code of a Gluon kernel for a problem; one warp of the sm_100 one multiplies."""
+    pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from fused_resnet.backends.triton_.im2col import conv_im2col_kernel
+    warps, block_m, block_n, part, slots = im2col.SHAPES[capability]
 
     def box(rows, cols, kind="tensordesc", rank=""):
-        language = gluon.language
-        layout = language.NVMMASharedLayout.get_default_for([rows, cols], language.float16)
-        return f"{kind}<fp16[{rows},{cols}],{rank}{layout!r}>"
+        element = TYPES[problem.dtype]
+        return (
+            f"{kind}<{element}[{rows},{cols}],{rank}{im2col.layout(rows, cols, problem.dtype)!r}>"
+        )
 
     types = {
-        "x": box(256, 64, "tensordesc_im2col", "input_rank=4,"),
-        "w": box(128, 64),
+        "x": box(block_m, im2col.BLOCK_K, "tensordesc_im2col", "input_rank=4,"),
+        "w": box(block_n, im2col.BLOCK_K),
         "scale": "*fp32",
         "shift": "*fp32",
-        "residual": box(256, 64),
-        "y": box(256, 64),
+        "residual": box(block_m, part),
+        "y": box(block_m, part),
         "m": "i32",
     }
-    constants = {
-        "C": 128, "K": 128, "OH": 28, "OW": 28, "R": 3, "S": 3, "STRIDE": 1, "PAD": 1, "SLOTS": 3,
-        "EPILOGUE": "add_relu",
-    }  # fmt: skip
-    signature = types | dict.fromkeys(constants, "constexpr")
-    aligned = {(at,): [["tt.divisibility", 16]] for at in (2, 3)}
-    source = GluonASTSource(conv_im2col_kernel, signature, constants, aligned)
-    target = GPUTarget("cuda", 90, 32)
-    certificate = certify_triton(
-        triton.compile(source, target=target, options={"num_warps": 8}), loop_warps=8
+    constants = im2col.constants_of(problem, slots)
+    source = GluonASTSource(
+        im2col.kernel_of(capability),
+        types | dict.fromkeys(constants, "constexpr"),
+        constants,
+        {(at,): [["tt.divisibility", 16]] for at in (2, 3)},
     )
-    assert certificate.tensor_kind == "wgmma"
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    return certify_triton(compiled, loop_warps=warps if capability == 90 else 1)
+
+
+@pytest.mark.parametrize(
+    ("capability", "problem", "kind"),
+    [
+        (90, conv(128, 128, 3, 32, 28, "add_relu", F16), "wgmma"),
+        (100, conv(128, 128, 3, 32, 28, "add_relu", F16), "tcgen05"),
+        (100, conv(128, 256, 3, 32, 56, "relu_add_relu", BF16, stride=2), "tcgen05"),
+    ],
+    ids=str,
+)
+def test_im2col_compiles(capability, problem, kind):
+    """The Gluon kernels, which nothing has ever executed, compile to what they are meant to be."""
+    certificate = im2col_certificate(capability, problem)
+    assert certificate.tensor_kind == kind
     assert not certificate.spills
     assert certificate.fits
     assert certificate.share >= MIN_SHARE
     assert "UTMALDG" in certificate.async_copies
     assert not certificate.loop.wgmma_waited_at_once
+
+
+@pytest.mark.parametrize("capability", im2col.SHAPES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_im2col_descriptors(capability, stride):
+    """What the GPU test hands over: Triton's own checks of it, and the corners of the window."""
+    pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
+    problem = conv(128, 256, 3, 5, 28, "add_relu", F16, stride=stride)
+    out = torch.empty(5, *problem.conv_size, 256, dtype=F16)
+    x, w = torch.empty(5, 28, 28, 128, dtype=F16), torch.empty(256, 3, 3, 128, dtype=F16)
+    _, *shape, _ = im2col.SHAPES[capability]
+    pixels, weights, residual, y = im2col.descriptors(problem, x, w, out, out, *shape)
+    # Windows start at -1 and, the last ones, at 26 or 25: the first or second pixel before the end.
+    assert pixels.pixel_box_lower_corner == [-1, -1]
+    assert pixels.pixel_box_upper_corner == [-1 if stride == 1 else -2] * 2
+    assert tuple(weights.shape) == (256, 1152)
+    assert residual.shape == y.shape == (5 * math.prod(problem.conv_size), 256)
 
 
 @pytest.mark.slow

@@ -1,18 +1,23 @@
 """The Triton backend on your GPU: ``pytest -m gpu tests/test_triton_gpu.py``."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
+import torchvision
 
 pytest.importorskip("triton", reason="this torch comes without Triton")
 
+from fused_resnet import backend, fuse
 from fused_resnet.backends import torch_
 from fused_resnet.backends.triton_.certify import resnet_problems
 from fused_resnet.backends.triton_.features import global_avg_pool, prepare_images
 from fused_resnet.backends.triton_.kernels import TritonAddRelu, TritonConv, TritonStemPool
 from fused_resnet.numerics import error, reference_conv, stock_conv
 from fused_resnet.problem import AddReluProblem, ConvProblem
+
+from .im2col import run_im2col
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,6 +88,50 @@ def test_resnet_layers(dtype, n):
 
 
 @dtypes
+@pytest.mark.parametrize("index", range(2, 25))
+def test_every_configuration_that_a_tuner_times(dtype, index):
+    problem = resnet_problems(50, 2, dtype)[index]
+    data = data_of(problem)
+    variants = CONV.variants(problem, torch.device("cuda", 0))
+    assert len(variants) > 1
+    for variant in variants:
+        assert_right(variant.run(problem, *data), problem, data)
+
+
+def test_nothing_leaks_between_merged_groups():
+    problem = ConvProblem(
+        2, 64, 9, 9, 64, 3, 3, (1, 1), (1, 1), (1, 1), 32, "none", torch.float16
+    )  # fmt: skip
+    data = data_of(problem)
+    data[0][:, 4] = float("inf")  # the third group of two channels
+    result = CONV.run(problem, *data)
+    clean = [g for g in range(64) if g // 2 != 2]
+    assert result[:, clean].isfinite().all()
+    assert not result[:, 4:6].isfinite().any()
+
+
+@pytest.mark.parametrize("r", [1, 3])
+def test_offsets_beyond_32_bits(r):
+    problem = ConvProblem(
+        170, 256, 224, 224, 32, r, r, (1, 1), (r // 2, r // 2), (1, 1), 1, "relu", torch.float16
+    )
+    elements = problem.n * problem.c * problem.h * problem.w
+    assert elements > 2**31
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * elements:
+        pytest.skip(f"needs {6 * elements / 1e9:.0f} GB of free memory on the GPU")
+    one = dataclasses.replace(problem, n=1)
+    image, weight, scale, shift, _ = data_of(one)
+    x = torch.zeros(
+        (problem.n, *image.shape[1:]), dtype=image.dtype, device="cuda"
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+    x[-1:] = image
+    result = CONV.run(problem, x, weight, scale, shift, None)
+    assert_right(result[-1:], one, (image, weight, scale, shift, None))
+    zero = torch.relu(shift).to(result.dtype)
+    assert torch.equal(result[0], zero[:, None, None].expand_as(result[0]))
+
+
+@dtypes
 def test_memory_bound_kernels(dtype):
     a, b = torch.randn(2, 8, 64, 28, 28, device="cuda").to(dtype)
     result = TritonAddRelu().run(AddReluProblem(tuple(a.shape), dtype, False, True), a, b)
@@ -108,8 +157,12 @@ def milliseconds(run, repeats=20):
     return sorted(times)[repeats // 2]
 
 
-@pytest.mark.parametrize("problem", resnet_problems(50, 32, torch.float16), ids=str)
+@pytest.mark.parametrize(
+    "problem", [p for dtype in DTYPES for p in resnet_problems(50, 32, dtype)], ids=str
+)
 def test_not_slower_than_stock(problem):
+    if problem.pool is not None and not POOL.promising(problem, torch.device("cuda", 0)):
+        pytest.skip("the heuristic takes another kernel: here too much is computed twice")
     stock = next(k for k in torch_.KERNELS if k.op == kernel_of(problem).op)
     data = data_of(problem)
     contenders = {k: (lambda k=k: k.run(problem, *data)) for k in (stock, kernel_of(problem))}
@@ -153,14 +206,35 @@ def test_two_streams():
         assert_right(result, problem, data)
 
 
+def test_a_graph_of_a_whole_network():
+    stock = torchvision.models.resnet18().cuda().eval().half()
+    model = fuse(copy.deepcopy(stock))
+    x = torch.randn(2, 3, 224, 224, device="cuda", dtype=torch.float16)
+    with torch.inference_mode(), backend("triton"):
+        for _ in range(2):
+            model(x)  # compiles, packs, and verifies each kernel
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = model(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.cuda.synchronize()
+        usual = stock(x)
+        reference = copy.deepcopy(stock).double()(x.double())
+        assert error(result, reference).within(error(usual, reference), torch.float16)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_devices():
-    problem = resnet_problems(50, 2, torch.float16)[4]
+@pytest.mark.parametrize("index", [0, 2, 4, 9])
+def test_two_devices(index):
+    problem = resnet_problems(50, 2, torch.float16)[index]
     for device in ("cuda:1", "cuda:0", "cuda:1"):
         # The current device is cuda:0 throughout.
         data = data_of(problem, device)
-        result = CONV.run(problem, *data)
+        result = kernel_of(problem).run(problem, *data)
         assert result.device == torch.device(device)
+        assert torch.cuda.current_device() == 0
         assert_right(result, problem, data)
 
 
@@ -173,3 +247,26 @@ def test_no_synchronisation():
         CONV.run(problem, *data)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+CAPABILITY = 10 * torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+
+
+@pytest.mark.skipif(CAPABILITY not in (90, 100), reason="needs compute capability 9.0 or 10.0")
+@pytest.mark.parametrize("epilogue", ["none", "relu", "add_relu", "relu_add_relu"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_im2col_in_gluon(dtype, stride, epilogue):
+    """The kernels that no GPU had run when they were written, and that nothing uses until one has.
+
+    5 images of 28x28 or 14x14 fill no whole number of tiles.
+    """
+    problem = ConvProblem(
+        5, 128, 28, 28, 256, 3, 3, (stride, stride), (1, 1), (1, 1), 1, epilogue, dtype
+    )
+    data = data_of(problem)
+    y = torch.empty(problem.out_shape, dtype=dtype, device="cuda").to(
+        memory_format=torch.channels_last
+    )
+    run_im2col(CAPABILITY, problem, data, y)
+    assert_right(y, problem, data)

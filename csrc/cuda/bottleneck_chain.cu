@@ -12,10 +12,10 @@ void bottleneck_chain(const ChainArgs& args, Arithmetic arithmetic, Stream strea
   switch (arithmetic) {
     case Arithmetic::kFloat16:
       return device::launch_chain<device::Float16Math>(args, multiprocessors(), shared_limit,
-                                                       starter);
+                                                       starter, ChainTiles());
     case Arithmetic::kBFloat16:
       return device::launch_chain<device::BFloat16Math>(args, multiprocessors(), shared_limit,
-                                                        starter);
+                                                        starter, ChainTiles());
     default:
       starter.refuse("computes fp16 and bf16");
   }

@@ -8,72 +8,110 @@
 
 namespace fused_resnet {
 
-// How a thread block of the chained bottleneck works: 8 x 16 pixels, one row of 16 to a warp, and
-// the weights of all three convolutions as a stream of tiles through kStages_ buffers. kMid_
-// channels enter the 3x3 and leave it, 4 kMid_ leave the 1x1, kNext_ the next block's 1x1; kNext_
-// is 0 where there is none.
-template <int kMid_, int kNext_, int kStages_>
+// How a thread block of the chained bottleneck works: kTileH_ x 16 pixels, one row of 16 to a warp,
+// and the weights of all convolutions as a stream of tiles through kStages_ buffers. kMid_ channels
+// enter the 3x3, of stride kStride_, and leave it; 4 kMid_ leave the 1x1, kNext_ the next block's
+// 1x1, 0 where there is none. The shortcut is a projection of kProj_ channels, or an identity where
+// kProj_ is 0.
+template <int kMid_, int kNext_, int kProj_, int kStride_, int kTileH_, int kStages_>
 struct ChainTile {
-  static constexpr int kMid = kMid_, kOut = 4 * kMid_, kNext = kNext_, kStages = kStages_;
-  static constexpr int kTileH = 8, kTileW = 16;
+  static constexpr int kMid = kMid_, kOut = 4 * kMid_, kNext = kNext_, kProj = kProj_;
+  static constexpr int kStride = kStride_, kStages = kStages_;
+  static constexpr int kTileH = kTileH_, kTileW = 16;
   static constexpr int kThreads = 32 * kTileH;
-  // The inputs of the tile's 3x3, in planes of 64 channels: rows of 128 bytes.
-  static constexpr int kHaloH = kTileH + 2, kHaloW = kTileW + 2;
+  // The inputs of the tile's 3x3, in planes of 64 channels: rows of 128 bytes. Columns that are
+  // kStride apart lie side by side, kPhaseW of them, so that a warp reads neighbours.
+  static constexpr int kHaloH = (kTileH - 1) * kStride + 3, kHaloW = (kTileW - 1) * kStride + 3;
+  static constexpr int kPhaseW = (kHaloW + kStride - 1) / kStride;
   static constexpr int kHaloPixels = kHaloH * kHaloW;
   static constexpr int kPlanes = kMid / 64;
   static constexpr int kPlaneBytes = kHaloPixels * 128;
   static constexpr int kHaloBytes = kPlanes * kPlaneBytes;
-  // The stream: for each tap and plane a tile of weight2, [kMid][64]; then for each chunk of 32
-  // channels of the result a tile of weight3, [kPlanes][32][64], and one of weight1, [kNext][32].
+  // The stream. A step brings two pieces. For each tap and plane these are a tile of weight2,
+  // [kMid][64]; then for each chunk of 32 channels of the result there are tiles of weight_proj,
+  // [kProj / 64][32][64], of weight3, [kPlanes][32][64], and of weight1, [kNext][32], none of which
+  // lies in two steps.
   static constexpr int kChunk = 32;
+  static constexpr int kPieceBytes = kChunk * kMid * 2;
+  static constexpr int kStageBytes = 2 * kPieceBytes;
+  static constexpr int kProjectPieces = kProj / kMid, kReducePieces = kNext / kMid;
+  // The pieces of a chunk at which these tiles begin.
+  static constexpr int kProjectAt = 0, kExpandAt = kProjectPieces;
+  static constexpr int kReduceAt = kExpandAt + 1 + (kReducePieces == 2 && kExpandAt % 2 == 0);
+  static constexpr int kChunkSteps = (kReduceAt + kReducePieces + 1) / 2;
   static constexpr int kTapSteps = 9 * kPlanes, kChunks = kOut / kChunk;
-  static constexpr int kSteps = kTapSteps + kChunks;
-  static constexpr int kTapBytes = kMid * 128;
-  static constexpr int kExpandBytes = kChunk * kMid * 2;
-  static constexpr int kReduceBytes = kNext * kChunk * 2;
-  static constexpr int kStageBytes = kTapBytes;
-  // With a buffer for every tile the weights are read once and stay.
+  static constexpr int kSteps = kTapSteps + kChunks * kChunkSteps;
+  // With a buffer for every step the weights are read once and stay.
   static constexpr bool kResident = kStages == kSteps;
   static constexpr int kSharedBytes = kHaloBytes + kStages * kStageBytes;
 
-  static_assert(kMid % 64 == 0 && (kNext == 0 || kNext == kMid));
-  static_assert(2 * kExpandBytes == kTapBytes, "a stage is two copies of one size");
-  static_assert(kExpandBytes % (16 * kThreads) == 0, "every thread copies as many pieces");
+  static_assert(kMid % 64 == 0 && kStride <= 2);
+  static_assert(kNext % kMid == 0 && kReducePieces <= 2);
+  static_assert(kProj % kMid == 0 && kProjectPieces <= 2);
+  static_assert(kPieceBytes % (16 * kThreads) == 0, "every thread copies as many parts");
   static_assert(kStages >= 3);
 };
 
-// Resident weights want 159 KiB, which sm_80, sm_90 and sm_100 have; 99 KiB must do elsewhere.
-template <int kNext>
-using ChainTile64Resident = ChainTile<64, kNext, 17>;
-template <int kNext>
-using ChainTile64 = ChainTile<64, kNext, 4>;
-template <int kNext>
-using ChainTile128 = ChainTile<128, kNext, 3>;
-
 struct ChainArgs {
-  int32_t n, h, w;   // pixels of every tensor
-  int32_t mid;       // channels of mid1
+  int32_t n, h, w;  // pixels of mid1
+  int32_t mid;      // channels of mid1
+  int32_t next;     // channels of mid_next, 0: there is none
+  int32_t proj;     // channels of a residual that is to be projected, or 0
+  int32_t stride;   // of the 3x3
+  int32_t step;     // which pixels of the residual are read: every step-th row and column
+  int32_t residual_h, residual_w;
+  int32_t even;      // 1: only the pixels of even row and column are stored, 0: all
   const void* mid1;  // [N, H, W, mid]
   // Tiles as in ChainTile's stream, channels in the order that bottleneck_chain.cuh says: of the
-  // 3x3, of the 1x1 after it and of the next block's 1x1.
-  const void *weight2, *weight3, *weight1;
-  const float *scale2, *shift2;  // [mid]
-  const float *scale3, *shift3;  // [4 mid]
-  const float *scale1, *shift1;  // [mid]
-  const void* residual;          // [N, H, W, 4 mid]
-  void* out;                     // [N, H, W, 4 mid]
-  void* mid_next;                // [N, H, W, mid], or null as weight1, scale1 and shift1 are then
+  // 3x3, of the 1x1 after it, of the projection and of the next block's 1x1.
+  const void *weight2, *weight3, *weight_proj, *weight1;
+  const float *scale2, *shift2;          // [mid]
+  const float *scale3, *shift3;          // [4 mid]
+  const float *scale_proj, *shift_proj;  // [4 mid], or null
+  const float *scale1, *shift1;          // [next], or null
+  const void* residual;                  // [N, residual_h, residual_w, proj or 4 mid]
+  void* out;                             // [N, kept_h, kept_w, 4 mid]
+  void* mid_next;                        // [N, out_h, out_w, next], or null
 
   // Derived by `derive`.
-  int32_t tiles;  // of kTileH x kTileW pixels
+  int32_t out_h, out_w;    // after the 3x3
+  int32_t kept_h, kept_w;  // of out
+  int32_t tiles;           // of kTileH x kTileW pixels
   Divisor by_tiles_w, by_tiles_h;
 };
 
-inline void derive(ChainArgs& args, int tile_h, int tile_w) {
-  const int down = (args.h + tile_h - 1) / tile_h, across = (args.w + tile_w - 1) / tile_w;
+// Whether a tile's kernel computes this problem.
+template <class Tile>
+bool serves(const ChainArgs& args) {
+  return args.mid == Tile::kMid && args.next == Tile::kNext && args.proj == Tile::kProj &&
+         args.stride == Tile::kStride;
+}
+
+template <class Tile>
+void derive(ChainArgs& args) {
+  args.out_h = (args.h - 1) / args.stride + 1;
+  args.out_w = (args.w - 1) / args.stride + 1;
+  args.kept_h = (args.out_h + args.even) >> args.even;
+  args.kept_w = (args.out_w + args.even) >> args.even;
+  const int down = (args.out_h + Tile::kTileH - 1) / Tile::kTileH;
+  const int across = (args.out_w + Tile::kTileW - 1) / Tile::kTileW;
   args.tiles = args.n * down * across;
   args.by_tiles_w = Divisor(across);
   args.by_tiles_h = Divisor(down);
 }
+
+template <class... Tiles>
+struct ChainTileList {};
+
+// Every configuration; of several that serve a problem the first whose shared memory there is.
+// Resident weights of 64 channels want 159 KiB, or 223 with another 1x1: sm_90 and sm_100 have
+// both, sm_80 the first; 99 KiB must do elsewhere.
+using ChainTiles = ChainTileList<
+    ChainTile<64, 64, 0, 1, 8, 17>, ChainTile<64, 64, 0, 1, 8, 4>, ChainTile<64, 0, 0, 1, 8, 17>,
+    ChainTile<64, 0, 0, 1, 8, 4>, ChainTile<64, 128, 0, 1, 8, 25>, ChainTile<64, 128, 0, 1, 8, 4>,
+    ChainTile<64, 64, 64, 1, 8, 25>, ChainTile<64, 64, 64, 1, 8, 4>,
+    ChainTile<128, 128, 0, 1, 8, 3>, ChainTile<128, 0, 0, 1, 8, 3>, ChainTile<128, 256, 0, 1, 8, 3>,
+    // Stride 2 has a halo of 17 x 33 pixels, 140 KiB, or of 9 x 33.
+    ChainTile<128, 128, 256, 2, 8, 3>, ChainTile<128, 128, 256, 2, 4, 3>>;
 
 }  // namespace fused_resnet

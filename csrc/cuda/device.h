@@ -93,6 +93,14 @@ __device__ __forceinline__ void store_global(void* global, V value) {
   *static_cast<V*>(global) = value;
 }
 
+// The same for what the kernel itself does not read again, where the compiler would split a vector
+// whose words come from many places.
+__device__ __forceinline__ void store_global_whole(void* global, uint4 value) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(global), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w));
+}
+
 template <class V>
 __device__ __forceinline__ V load_shared(const void* shared) {
   return *static_cast<const V*>(shared);
@@ -320,6 +328,8 @@ template <>
 struct EmulatedMma<tf32> {
   static constexpr emulator::MmaType type = emulator::MmaType::tf32;
 };
+
+inline void store_global_whole(void* global, uint4 value) { emulator::store_global(global, value); }
 
 template <class T, int MT, int NT>
 inline void mma_tile(float (&d)[MT][NT][4], const uint32_t (&a)[MT][4], const uint32_t (&b)[NT][2],

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 import torch
 
-from fused_resnet import images, zoo
+from fused_resnet import images, optimize, zoo
 from fused_resnet.predict import expand
 
 #: Columns of the result.
@@ -35,21 +35,32 @@ class Decoder:
 
 
 class Classifier:
-    """A worker: the fused network, made once, and called with batches of rows."""
+    """A worker: a plan of the network, made once, and called with batches of rows."""
 
-    def __init__(self, model: str, weights: str | None, device: str, threads: int) -> None:
+    def __init__(
+        self, model: str, weights: str | None, device: str, threads: int, batch: int, budget: float
+    ) -> None:
         torch.set_num_threads(threads)
         network = zoo.load(model, weights=weights)
         stock = zoo.converted(network, torch.float32, torch.device(device), channels_last=True)
         self._categories = network.categories
         self._device = device
-        self._run = zoo.fused(model, stock)
+        example = torch.randn(batch, 3, network.size, network.size, device=device)
+        # What one worker measured the others of its machine find in the tuned table. The last batch
+        # of a block may be smaller: it gets a program of its own, whose kernels are not measured.
+        self.plan = optimize(
+            zoo.fused(model, stock),
+            example.contiguous(memory_format=torch.channels_last),
+            budget=budget,
+            dynamic=True,
+            max_plans=batch,
+        )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """The best class of each photo; index -1 where there was none to read."""
         x = torch.from_numpy(np.stack(batch["pixels"])).to(self._device)
         with torch.inference_mode():
-            logits = self._run(x.contiguous(memory_format=torch.channels_last))
+            logits = self.plan(x.contiguous(memory_format=torch.channels_last))
             best = logits.float().softmax(1).max(1)
         good = batch["error"] == ""
         indices = np.where(good, best.indices.cpu().numpy(), -1)
@@ -73,6 +84,7 @@ def classify(
     batch: int = 16,
     device: str = "cpu",
     threads: int = 1,
+    budget: float = 60.0,
     classifier: type[Classifier] = Classifier,
 ) -> int:
     """Classify photos on the running cluster and write a CSV file.
@@ -82,10 +94,11 @@ def classify(
         output: the CSV file, a row for each photo.
         model: a name that `fused_resnet.zoo` knows.
         weights: an entry of the model's zoo, or the path of a checkpoint.
-        workers: processes that hold the network.
+        workers: processes that hold a plan of the network.
         batch: photos in one call.
         device: ``cpu``, or ``cuda``: one GPU for each worker.
         threads: of torch in a worker.
+        budget: seconds in which a worker measures kernels, unless they are known.
         classifier: what a worker is made of.
 
     Returns:
@@ -100,7 +113,7 @@ def classify(
         .map(Decoder(network.transform, network.size))
         .map_batches(
             classifier,
-            fn_constructor_args=(model, weights, device, threads),
+            fn_constructor_args=(model, weights, device, threads, batch, budget),
             batch_size=batch,
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_gpus=1 if device.startswith("cuda") else 0,
@@ -126,6 +139,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of each worker")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds to measure kernels")
     parser.add_argument("--address", help="of a running cluster; 'auto' finds it")
     a = parser.parse_args()
     ray.init(address=a.address, include_dashboard=False if a.address is None else None)
@@ -138,6 +153,8 @@ def main() -> int:
         workers=a.workers,
         batch=a.batch,
         device=a.device,
+        threads=a.threads,
+        budget=a.budget,
     )
     print(f"{len(files) - failed} of {len(files)} photos classified: {a.output}")
     return 1 if failed else 0

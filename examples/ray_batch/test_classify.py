@@ -33,6 +33,8 @@ def killed_once(marker):
     class KilledOnce(Classifier):
         def __call__(self, batch):
             found = super().__call__(batch)
+            # The batch went through the plan, not through the fused model.
+            assert any(s.startswith(f"{len(batch['image'])}x3x224x224") for s in self.plan.shapes)
             if not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -86,6 +88,7 @@ def test_nothing_is_lost_or_doubled_when_a_worker_dies(photos, checkpoint, tmp_p
         model="resnet18",
         weights=str(weights),
         batch=4,
+        budget=0.0,
         classifier=killed_once(marker),
     )
     assert marker.exists()

@@ -1,4 +1,4 @@
-"""A fused classifier behind LitServe, with dynamic batching; see README.md beside this file."""
+"""A plan of a classifier behind LitServe, with dynamic batching; see README.md beside this file."""
 
 import argparse
 import io
@@ -10,23 +10,34 @@ import torch
 from fastapi import File, Response
 from fastapi.responses import JSONResponse
 
-from fused_resnet import images, zoo
+from fused_resnet import images, optimize, zoo
 
 
 class Api(litserve.LitAPI):
     """From an uploaded photo to its best classes."""
 
-    def __init__(self, model: str, weights: str | None, top: int, **kwargs: Any) -> None:
+    def __init__(
+        self, model: str, weights: str | None, top: int, budget: float, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self._model, self._weights, self._top = model, weights, top
+        self._model, self._weights, self._top, self._budget = model, weights, top, budget
 
     def setup(self, device: str) -> None:
-        """Build and fuse the network, in the worker process, and call it once."""
+        """Make a plan of the network, in the worker process, and call it once."""
         self._device = device
         network = zoo.load(self._model, weights=self._weights)
         stock = zoo.converted(network, torch.float32, torch.device(device), channels_last=True)
         self._transform, self._categories = network.transform, network.categories
-        self._run = zoo.fused(self._model, stock)
+        example = torch.randn(self.max_batch_size, 3, network.size, network.size, device=device)
+        # Measured for the smallest and the largest batch; those between get programs as they come.
+        self._plan = optimize(
+            zoo.fused(self._model, stock),
+            example.contiguous(memory_format=torch.channels_last),
+            budget=self._budget,
+            batch_sizes=(1,),
+            dynamic=True,
+            max_plans=self.max_batch_size,
+        )
         self._logits([torch.zeros(3, network.size, network.size)])
 
     # Bytes, since they cross to the worker process; FastAPI answers 422 if the field is missing.
@@ -60,7 +71,7 @@ class Api(litserve.LitAPI):
     def _logits(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
         x = torch.stack(list(pixels)).to(self._device, memory_format=torch.channels_last)
         with torch.inference_mode():
-            return self._run(x)
+            return self._plan(x)
 
     def _answer(self, indices: list[int], values: list[float], batch: int) -> dict[str, Any]:
         known = self._categories
@@ -84,6 +95,7 @@ def main() -> None:
     parser.add_argument("--weights", default="DEFAULT", help="entry of the zoo, or a checkpoint")
     parser.add_argument("--top", type=int, default=5, help="classes in an answer")
     parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds to measure kernels")
     parser.add_argument("--wait", type=float, default=0.01, help="seconds to wait for a batch")
     parser.add_argument("--max-bytes", type=int, default=20_000_000, help="of a request")
     parser.add_argument("--accelerator", default="auto", help="cpu, cuda or auto")
@@ -91,7 +103,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     a = parser.parse_args()
-    api = Api(a.model, a.weights, a.top, max_batch_size=a.max_batch, batch_timeout=a.wait)
+    api = Api(a.model, a.weights, a.top, a.budget, max_batch_size=a.max_batch, batch_timeout=a.wait)
     server = litserve.LitServer(
         api,
         accelerator=a.accelerator,

@@ -41,7 +41,7 @@ def url(model, tmp_path_factory):
         port = s.getsockname()[1]
     command = [sys.executable, str(HERE / "server.py"), "--model", "resnet18", "--accelerator"]
     command += ["cpu", "--weights", str(folder / "mine.pt"), "--port", str(port), "--wait", "0.2"]
-    command += ["--max-bytes", str(MAX_BYTES), "--max-batch", "4"]
+    command += ["--max-bytes", str(MAX_BYTES), "--max-batch", "4", "--budget", "0"]
     log = (folder / "log").open("w")
     env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(command, stdout=log, stderr=log, env=env)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet import _build
 from fused_resnet.backends import cpu, cuda, cuda_chain, cudnn, library, torch_, triton_
 from fused_resnet.backends.kernel import Kernel, PackedKernel, Prepared
 from fused_resnet.backends.verify import is_out_of_memory, verify
@@ -82,17 +83,21 @@ def _validated(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _from_environment() -> tuple[str, ...] | None:
+def _from_environment() -> tuple[tuple[str, ...] | None, str | None]:
+    """What the environment variable forces, if anything; and what is wrong with it, if anything."""
     value = os.environ.get(ENV, "")
     names = tuple(name.strip() for name in value.split(",") if name.strip())
+    if not names:
+        return None, None
     try:
-        return _validated(names) if names else None
+        return _validated(names), None
     except ValueError as e:
-        raise ValueError(f"environment variable {ENV}={value!r}: {e}") from None
+        return names, f"environment variable {ENV}={value!r}: {e}"
 
 
-#: The override within this thread or task; the environment variable, read once, is its default.
-_ENVIRONMENT = _from_environment()
+#: The override within this thread or task; the environment variable, read once, is its default. A
+#: wrong one is an error where it would count, and not before: `fused-resnet doctor` must run.
+_ENVIRONMENT, environment_error = _from_environment()
 _forced: ContextVar[tuple[str, ...] | None] = ContextVar(
     "fused_resnet_backend", default=_ENVIRONMENT
 )
@@ -152,8 +157,16 @@ def observe() -> Iterator[list[Choice]]:
 
 
 def candidates(op: str, problem: Problem, device: torch.device) -> list[Kernel]:
-    """All exact kernels of ``op`` in the order in which they would be tried, supported or not."""
+    """All exact kernels of ``op`` in the order in which they would be tried, supported or not.
+
+    Raises:
+        ValueError: an environment variable forces something that does not exist.
+    """
     names = forced()
+    if _build.isa_error is not None:
+        raise ValueError(_build.isa_error)
+    if environment_error is not None and names == _ENVIRONMENT:
+        raise ValueError(environment_error)
     order = NAMES if names is None else (*(n for n in names if n != "torch"), "torch")
     if names is not None and "torch" in names:
         order = names[: names.index("torch") + 1]
@@ -328,6 +341,7 @@ __all__ = [
     "backend",
     "candidates",
     "choose",
+    "environment_error",
     "forced",
     "forget_choices",
     "generation",

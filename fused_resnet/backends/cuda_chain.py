@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_resnet import _build
 from fused_resnet.backends.cuda import aligned_nhwc, unavailable
-from fused_resnet.backends.kernel import Kernel, PackedKernel
+from fused_resnet.backends.kernel import Kernel, PackedChainKernel
 from fused_resnet.problem import ChainProblem
 
 #: Channels of ``out`` that the kernel computes at a time, and the period of its order of channels.
@@ -52,11 +52,14 @@ def pack_taps(weight: Tensor) -> Tensor:
     return _swizzled(taps.transpose(1, 2)).flatten()
 
 
-def pack_expand(weight: Tensor) -> Tensor:
-    """The weight [4 M, M, 1, 1] of the 1x1 after it, by chunks of 32 rows: [4 M M]."""
-    k, m = weight.shape[:2]
-    rows, columns = (channel_order(n).to(weight.device) for n in (k, m))
-    chunks = weight.flatten(1)[rows][:, columns].view(-1, CHUNK, m // _PLANE, _PLANE)
+def pack_pointwise(weight: Tensor) -> Tensor:
+    """The weight [K, C, 1, 1] of a 1x1 that makes ``out``, by chunks of 32 rows: [K C].
+
+    C is a multiple of 64.
+    """
+    k, c = weight.shape[:2]
+    rows, columns = (channel_order(n).to(weight.device) for n in (k, c))
+    chunks = weight.flatten(1)[rows][:, columns].view(-1, CHUNK, c // _PLANE, _PLANE)
     return _swizzled(chunks.transpose(1, 2)).flatten()
 
 
@@ -67,7 +70,11 @@ def pack_reduce(weight: Tensor) -> Tensor:
     return _swizzled(chunks.transpose(0, 1)).flatten()
 
 
-_PACK = {"taps": pack_taps, "expand": pack_expand, "reduce": pack_reduce}
+#: How a weight is packed, by its place in the kernel.
+PACK = {"taps": pack_taps, "pointwise": pack_pointwise, "reduce": pack_reduce}
+
+#: The layouts of the 3x3, the 1x1, the projection and the next 1x1.
+_LAYOUTS = ("taps", "pointwise", "pointwise", "reduce")
 
 
 def _aligned(vector: Tensor) -> Tensor:
@@ -75,7 +82,21 @@ def _aligned(vector: Tensor) -> Tensor:
     return vector if vector.data_ptr() % 16 == 0 else vector.clone()
 
 
-class CudaChain(PackedKernel):
+#: The blocks that there are kernels for: channels of the 3x3, of the next 1x1 and of the projection
+#: and stride; and the bytes of shared memory that they need at least. See ``chain_args.h``.
+_SHARED_BYTES = {
+    (64, 64, 0, 1): 55808,
+    (64, 0, 0, 1): 55808,
+    (64, 128, 0, 1): 55808,
+    (64, 64, 64, 1): 55808,
+    (128, 128, 0, 1): 95232,
+    (128, 0, 0, 1): 95232,
+    (128, 256, 0, 1): 95232,
+    (128, 128, 256, 2): 125184,
+}
+
+
+class CudaChain(PackedChainKernel):
     """A bottleneck from its 3x3 on and the next block's first 1x1 in one kernel.
 
     See ``csrc/cuda/bottleneck_chain.cuh``.
@@ -84,19 +105,37 @@ class CudaChain(PackedKernel):
     backend, op, name = "cuda", "bottleneck_chain", "chain"
 
     def supports(self, problem: ChainProblem, device: torch.device) -> str | None:
-        """sm_80 and newer; fp16 and bf16; 64 or 128 channels, stride 1, no projection."""
+        """sm_80 and newer; fp16, bf16; the blocks of `_SHARED_BYTES`; all pixels or even ones."""
         p = problem
         if p.dtype not in (torch.float16, torch.bfloat16):
             return f"computes fp16 and bf16, not {p.dtype}"
         if reason := unavailable(device):
             return reason
-        if p.m not in (64, 128) or p.k != 4 * p.m or p.next not in (0, p.m):
-            return f"serves 64 and 128 channels and 4 times as many, not {p.m}, {p.k}, {p.next}"
-        if p.stride != 1 or p.proj or p.store != "all":
-            return "serves blocks of stride 1 without projection that store all of their output"
+        if p.m not in (64, 128) or p.k != 4 * p.m:
+            return f"serves 64 and 128 channels and 4 times as many, not {p.m} and {p.k}"
+        needed = _SHARED_BYTES.get((p.m, p.next, p.proj, p.stride))
+        if needed is None:
+            return (
+                f"has no kernel for {p.m} channels of stride {p.stride} with "
+                f"{f'a projection of {p.proj}' if p.proj else 'no projection'} and {p.next} next"
+            )
+        if p.store == "pool":
+            return (
+                "stores pixels, not their mean: no stage of 64 or 128 channels is a ResNet's last"
+            )
+        properties = torch.cuda.get_device_properties(device)
+        available = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
+        if needed > available:
+            return f"needs {needed} bytes of shared memory, this GPU has {available}"
+        if p.next == 256 and getattr(properties, "major", 0) >= 12:
+            return "the kernel for 128 channels and 256 next spills registers on sm_120"
         if p.n * p.h * p.w >= 2**30:
             return "the tensors are too large for 32-bit indices"
         return None
+
+    def layouts(self, problem: ChainProblem, device: torch.device) -> tuple[str, ...]:
+        """See `PackedChainKernel`."""
+        return _LAYOUTS
 
     def pack_key(self, problem: str) -> str:
         """Which of the three weights it is."""
@@ -106,19 +145,24 @@ class CudaChain(PackedKernel):
         self, problem: str, weight: Tensor, scale: Tensor, shift: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A weight in the kernel's order, and its vectors aligned."""
-        return _PACK[problem](weight.detach()), _aligned(scale), _aligned(shift)
+        return PACK[problem](weight.detach()), _aligned(scale), _aligned(shift)
 
     def run(self, problem: ChainProblem, *args: Any) -> tuple[Tensor, Tensor]:
         """See `Kernel`."""
         mid, residual, *convs = args
-        following = self.packed("reduce", *convs[9:12]) if problem.next else (None,) * 3
+        packed: list[Tensor | None] = []
+        for i, layout in enumerate(_LAYOUTS):
+            weight, scale, shift = convs[3 * i : 3 * i + 3]
+            absent = weight is None
+            packed += (None,) * 3 if absent else self.packed(layout, weight, scale, shift)
         assert _build.extension is not None
         result: tuple[Tensor, Tensor] = _build.extension.cuda_bottleneck_chain(
             aligned_nhwc(mid),
             aligned_nhwc(residual),
-            *self.packed("taps", *convs[:3]),
-            *self.packed("expand", *convs[3:6]),
-            *following,
+            *packed,
+            problem.stride,
+            problem.step,
+            problem.store == "even",
         )
         return result
 

@@ -148,6 +148,20 @@ class PackedKernel(Kernel):
             self._entries.pop(ident, None)
 
 
+class PackedChainKernel(PackedKernel):
+    """A kernel for chained bottlenecks that wants each of its weights in a layout of its own.
+
+    ``prepare`` and what rests on it take in the place of a problem one of the `layouts`.
+    """
+
+    @abstractmethod
+    def layouts(self, problem: Any, device: torch.device) -> tuple[Any, ...]:
+        """What to pack the weights for: of the 3x3, the 1x1, the projection and the next 1x1.
+
+        Those of convolutions that the problem does not have mean nothing.
+        """
+
+
 #: Layouts kept per weight: a model run at many shapes must not keep a copy of its weights for each.
 _MAX_LAYOUTS = 4
 
@@ -165,4 +179,4 @@ class _Entry:
         self.packed: dict[Hashable, Any] = {}
 
 
-__all__ = ["Kernel", "PackedKernel", "Prepared", "Problem"]
+__all__ = ["Kernel", "PackedChainKernel", "PackedKernel", "Prepared", "Problem"]

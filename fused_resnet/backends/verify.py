@@ -64,7 +64,8 @@ def _problems(op: str, dtype: torch.dtype) -> Iterator[Problem]:
     elif op == "bottleneck_chain":
         for m, following, proj, stride, store in (
             (64, 64, 0, 1, "all"),
-            (64, 128, 64, 1, "even"),
+            (64, 64, 64, 1, "even"),
+            (128, 256, 0, 1, "all"),
             (128, 128, 256, 2, "all"),
             (256, 0, 0, 1, "pool"),
         ):

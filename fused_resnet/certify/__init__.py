@@ -27,7 +27,7 @@ from .certificate import (
 )
 from .model import Access, MainLoop, TensorOp
 from .occupancy import Occupancy, occupancy
-from .report import LABEL, Worse, compare, load_json, table, to_json
+from .report import LABEL, Worse, certificates_of, compare, load_json, table, to_json
 from .roofline import DEVICES, Bound, Device, Work, bound
 from .tools import ToolMissing
 
@@ -49,6 +49,7 @@ __all__ = [
     "Worse",
     "arch",
     "bound",
+    "certificates_of",
     "certify",
     "certify_all",
     "certify_triton",

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.table import Table
 
-from .certificate import Certificate
+from .certificate import Certificate, PtxasReport
+from .model import Access, MainLoop, TensorOp
+from .occupancy import Occupancy
+from .roofline import Bound
 
 #: Written into every file and table.
 LABEL = (
@@ -20,22 +24,30 @@ LABEL = (
 )
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 def to_json(certificates: Mapping[str, Certificate], toolchain: Mapping[str, str]) -> str:
     """A set of certificates as JSON text whose order and digits depend on the contents alone.
+
+    Each certificate is one line, so that a difference of two files reads as a list of kernels.
 
     Args:
         certificates: by a key that names kernel, configuration and architecture.
         toolchain: versions of the compilers, ``{"triton": "3.8.0"}``, so that a reader of a
             changed figure sees whether the compiler changed too.
     """
-    document = {
-        "label": LABEL,
-        "toolchain": dict(toolchain),
-        "certificates": {key: _plain(value) for key, value in certificates.items()},
-    }
-    return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    def line(value: Any) -> str:
+        return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":"))
+
+    entries = ",\n".join(
+        f"{json.dumps(key)}: {line(_plain(certificates[key]))}" for key in sorted(certificates)
+    )
+    return (
+        f'{{\n"label": {line(LABEL)},\n"toolchain": {line(dict(toolchain))},\n'
+        f'"certificates": {{\n{entries}\n}}\n}}\n'
+    )
 
 
 def load_json(path: Path) -> Json:
@@ -48,6 +60,58 @@ def load_json(path: Path) -> Json:
     if not isinstance(document, dict) or "certificates" not in document:
         raise ValueError(f"{path} holds no certificates")
     return document
+
+
+def certificates_of(document: Json) -> dict[str, Certificate]:
+    """The certificates of a loaded document; numbers are as it has them, to four decimals."""
+    return {key: _certificate(plain) for key, plain in document["certificates"].items()}
+
+
+def _certificate(plain: Json) -> Certificate:
+    """The inverse of ``_plain``."""
+    loop, ptxas = plain["loop"], plain["ptxas"]
+    return _made(
+        Certificate,
+        plain,
+        tensor=_tensor_ops(plain["tensor"]),
+        global_access=_accesses(plain["global_access"]),
+        async_copies=tuple(plain["async_copies"]),
+        occupancy=_made(Occupancy, plain["occupancy"]),
+        bounds=tuple(_made(Bound, bound) for bound in plain["bounds"]),
+        ptxas=None if ptxas is None else PtxasReport(**ptxas),
+        loop=None
+        if loop is None
+        else _made(
+            MainLoop,
+            loop,
+            classes=tuple(loop["classes"].items()),
+            tensor=_tensor_ops(loop["tensor"]),
+            async_copies=tuple(loop["async_copies"]),
+            global_access=_accesses(loop["global_access"]),
+        ),
+    )
+
+
+def _made(kind: type[T], plain: Json, **converted: Any) -> T:
+    """An instance of a dataclass from its fields in ``plain``, which may hold derived ones too."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**({name: plain[name] for name in names} | converted))
+
+
+def _tensor_ops(texts: list[str]) -> tuple[TensorOp, ...]:
+    found = []
+    for text in texts:
+        match = re.fullmatch(r"(.*?)(?: m(\d+)n(\d+)k(\d+))? (\S+) x(\d+)", text)
+        if match is None:
+            raise ValueError(f"no tensor instruction: {text!r}")
+        kind, m, n, k, dtype, count = match.groups()
+        shape = None if m is None else (int(m), int(n), int(k))
+        found.append(TensorOp(kind, shape, dtype, int(count)))
+    return tuple(found)
+
+
+def _accesses(entries: list[Json]) -> tuple[Access, ...]:
+    return tuple(Access(**entry) for entry in entries)
 
 
 def _plain(certificate: Certificate) -> Json:

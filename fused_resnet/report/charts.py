@@ -263,5 +263,7 @@ def _marker(series: int, u: float, v: float) -> str:
         "M0 5L5-4H-5z",  # Triangle upside down.
         "M-5-1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z",  # Cross.
     )
-    shape = shapes[series % len(shapes)]
-    return f'<path class="mark" transform="translate({u:.1f} {v:.1f})" d="{shape}"/>'
+    turn, place = divmod(series, len(shapes))
+    kind = "mark" if turn else "mark hollow"
+    shape = shapes[place]
+    return f'<path class="{kind}" transform="translate({u:.1f} {v:.1f})" d="{shape}"/>'

@@ -161,8 +161,9 @@ def _key(case: Case) -> _Key:
 
 
 def _contenders(old: Result | None, new: Result | None) -> list[str]:
-    """Contenders of either, in the order of tables."""
-    found = {key for result in (old, new) if result is not None for key in result.contenders}
+    """Contenders that were timed in either, or were wrong, in the order of tables."""
+    results = [result for result in (old, new) if result is not None]
+    found = {k for r in results for k, m in r.contenders.items() if m.seconds or not m.correct}
     return sorted(found, key=lambda key: [*CONTENDERS, key].index(key))
 
 

@@ -154,7 +154,8 @@ def _ratio_cell(ratio: Spread | None) -> str:
 
 def _network(model: str, results: Sequence[Result], report: Report) -> str:
     case = results[0].case
-    threads = "" if case.device.startswith("cuda") else f", {case.threads} threads"
+    threads = f", {case.threads} thread{'s' if case.threads > 1 else ''}"
+    threads = "" if case.device.startswith("cuda") else threads
     parts = [
         f'<section id="{_id(model)}"><h2>{escape(model)}</h2><p>{escape(case.weights)}, '
         f"{escape(case.photos)} at {case.size} x {case.size}, {escape(case.device)}{threads}</p>"

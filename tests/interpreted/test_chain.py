@@ -4,7 +4,11 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
+import fused_resnet
+from fused_resnet import backends, planner, tuning
+from fused_resnet.backends import torch_
 from fused_resnet.backends.triton_.chain_kernel import TritonChain
 from fused_resnet.backends.triton_.chain_plan import chain_tiles, offers
 from fused_resnet.numerics import error, reference_chain, stock_chain
@@ -134,3 +138,44 @@ def test_what_is_refused_is_said():
     assert "fits this GPU" in kernel.supports(problem_of(256, following=4096), CPU)
     tile = chain_tiles(problem_of(128), FAMILIES["mma"])[0]
     assert "not offered" in TritonChain(tile=tile).supports(problem_of(256), CPU)
+
+
+class Pair(nn.Module):
+    """Two bottlenecks of 64 channels behind a 1x1, and their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 1)
+        down = nn.Sequential(nn.Conv2d(64, 256, 1, bias=False), nn.BatchNorm2d(256))
+        self.blocks = nn.Sequential(
+            fused_resnet.Bottleneck(64, 64, downsample=down), fused_resnet.Bottleneck(256, 64)
+        )
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        return self.pool(self.blocks(self.stem(x)))
+
+
+@pytest.mark.parametrize("family", ["mma", "wgmma"])
+def test_a_plan_runs_chains(family, monkeypatch):
+    """With weights packed beforehand, by descriptors or not; the clock says chains are fast."""
+    kernel = TritonChain(FAMILIES[family])
+    monkeypatch.setattr(backends, "KERNELS", (kernel, *torch_.KERNELS))
+    monkeypatch.setitem(backends._verdicts, (kernel, CPU, torch.float16), None)
+
+    def instant(found, task, effort):
+        for c in found:
+            c.samples = [0.5 if c.kernel.name == "chain" else 1.0]
+
+    monkeypatch.setattr(tuning, "_time", instant)
+    monkeypatch.setattr(planner, "_seconds", lambda program, inputs: len(program.layers.layers))
+    torch.manual_seed(0)
+    model, x = Pair().half().eval(), torch.randn(2, 3, 5, 4).half()
+    plan = fused_resnet.optimize(model, x, cache=False)
+    (part,) = plan.explain().parts
+    assert [row.kernel for row in part.rows if row.problem.startswith("chain")] == [
+        "triton/chain", "triton/chain",
+    ]  # fmt: skip
+    with torch.no_grad(), fused_resnet.backend("torch"):
+        stock, exact = model(x), model.double()(x.double())
+    assert error(plan(x), exact).within(error(stock, exact), torch.float16)

@@ -6,7 +6,7 @@
     gemm conv stem reduce images epilogue      the device code
     chain chain_plan chain_kernel              bottlenecks chained into one kernel
     features   images and pooled features      certify   what certificates cover
-    im2col     never executed, and not used
+    im2col im2col_sm100                        never executed, and not used
 
 ``KERNELS`` is empty, and ``UNAVAILABLE`` says why, where Triton cannot be imported.
 """

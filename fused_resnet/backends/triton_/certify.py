@@ -7,8 +7,9 @@ from its machine code; whatever is concluded from that is *predicted*.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fused_resnet.problem import AddReluProblem, ChainProblem, ConvProblem, MaxP
 from .chain import chain_kernel
 from .chain_plan import Offer, chain_launch, offers
 from .config import ARCHS, MIN_SHARE, Arch, Config, heuristic, stem_pool_tile
-from .launch import Launch, compile_for
+from .launch import TYPES, Launch, compile_for
 from .plans import add_relu_launch, conv_launches, mean_launch, pad_launch, stem_pool_launch
 from .reduce import reduce_kernel
 
@@ -96,36 +97,71 @@ def conv_cases(problem: ConvProblem, arch: Arch, precision: str) -> Iterator[Cas
         yield Case(problem, arch, launch, config, precision)
 
 
+def layer_cases(
+    archs: Iterable[Arch] = ARCHS,
+    depths: Iterable[int] = (18, 50),
+    batches: Iterable[int] = (1, 32, 256),
+    dtypes: Iterable[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32),
+) -> Iterator[Case]:
+    """Every launch of every convolution; many of them share one machine code."""
+    for arch, dtype, depth, n in product(archs, dtypes, depths, batches):
+        for problem, precision in product(resnet_problems(depth, n, dtype), precisions(dtype)):
+            yield from conv_cases(problem, arch, precision)
+
+
+def other_cases(
+    archs: Iterable[Arch] = ARCHS,
+    dtypes: Iterable[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32),
+) -> Iterator[Case]:
+    """The kernels that do nothing but move memory, for ResNet-50 at batch 32."""
+    for arch, dtype in product(archs, dtypes):
+        flat = AddReluProblem((32, 256, 56, 56), dtype, False, True)
+        yield Case(flat, arch, add_relu_launch(flat))
+        pooled = mean_launch(32, 2048, 49, dtype)
+        yield Case(f"global average pool 2048 7x7 {TYPES[dtype]}", arch, pooled)
+        image = pad_launch(
+            (32, 3, 224, 224), (224, 224, 4), torch.uint8, dtype, 32 * 3 * 224**2, True
+        )
+        yield Case(f"uint8 image to channels_last {TYPES[dtype]}", arch, image)
+
+
+def code_of(case: Case) -> Hashable:
+    """What the machine code of a case depends on: launches that differ in the grid have one."""
+    launch = case.launch
+    return launch.kernel.fn, launch.signature, launch.constants, launch.options, case.arch
+
+
+def configuration_of(case: Case) -> Hashable:
+    """What of a case is chosen for it, whatever the layer: kernel, types, tile and its schedule."""
+    launch = case.launch
+    if case.offer is not None:
+        return case.offer, launch.signature[0], case.arch
+    chosen = tuple((name, value) for name, value in launch.constants if name in _CHOSEN)
+    return launch.kernel.fn, launch.signature, chosen, launch.options, case.arch, case.precision
+
+
+#: Constants that are the shape of a tile.
+_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK")
+
+#: Constants of kernels that a configuration fixes; the rest are sizes and epilogues of layers.
+_CHOSEN = frozenset(
+    {*_BLOCKS, "PARTS", "GROUP_M", "W_TMA", "TMA", "WARP_SPECIALIZE", "STAGES_1", "STAGES_2"}
+)
+
+
 def cases(
     archs: Iterable[Arch] = ARCHS,
     depths: Iterable[int] = (18, 50),
     batches: Iterable[int] = (1, 32, 256),
     dtypes: Iterable[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32),
 ) -> list[Case]:
-    """Every case, one for each distinct machine code: launches that differ in the grid are one."""
-    distinct: dict[object, Case] = {}
-
-    def add(case: Case) -> None:
-        launch = case.launch
-        code = launch.kernel.fn, launch.signature, launch.constants, launch.options, case.arch
-        distinct.setdefault(code, case)
-
-    depths, batches, dtypes = tuple(depths), tuple(batches), tuple(dtypes)
-    for arch in archs:
-        for dtype in dtypes:
-            for depth in depths:
-                for n in batches:
-                    for problem in resnet_problems(depth, n, dtype):
-                        for precision in precisions(dtype):
-                            for case in conv_cases(problem, arch, precision):
-                                add(case)
-            flat = AddReluProblem((32, 256, 56, 56), dtype, False, True)
-            add(Case(flat, arch, add_relu_launch(flat)))
-            add(Case("global average pool 2048 7x7", arch, mean_launch(32, 2048, 49, dtype)))
-            image = pad_launch(
-                (32, 3, 224, 224), (224, 224, 4), torch.uint8, dtype, 32 * 3 * 224**2, True
-            )
-            add(Case("uint8 image to channels_last", arch, image))
+    """The cases that are compiled: the first of each distinct machine code."""
+    archs, dtypes = tuple(archs), tuple(dtypes)
+    distinct: dict[Hashable, Case] = {}
+    for case in chain(
+        layer_cases(archs, tuple(depths), tuple(batches), dtypes), other_cases(archs, dtypes)
+    ):
+        distinct.setdefault(code_of(case), case)
     return list(distinct.values())
 
 
@@ -187,9 +223,8 @@ def complaints(case: Case, certificate: Certificate) -> list[str]:
         for opcode in ("LDGSTS", "STG")
         if any(width != 16 for width in certificate.widths(opcode))
     ]
-    full_precision = case.problem.dtype == torch.float32 and case.precision == "ieee"
     kinds = {"mma": "mma.sync", "wgmma": "wgmma", "tcgen05": "tcgen05"}
-    kind = "fp32" if full_precision else kinds[case.arch.family]
+    kind = "fp32" if full_precision(case) else kinds[case.arch.family]
     if certificate.tensor_kind != kind:
         found.append(f"it multiplies by {certificate.tensor_kind}, not {kind}")
     loop = certificate.loop
@@ -203,7 +238,7 @@ def complaints(case: Case, certificate: Certificate) -> list[str]:
             found.append("no asynchronous copies feed the main loop")
         share = loop.share if loop is not None else None
         promised = min(MIN_SHARE, tile.share if tile is not None else 0.0)
-        if is_large(case.problem) and not full_precision and (share or 0) < promised - 0.01:
+        if is_large(case.problem) and not full_precision(case) and (share or 0) < promised - 0.01:
             found.append(f"predicted share {share} of the tensor rate, not {promised}")
     if tile is not None and certificate.occupancy.blocks < tile.resident:
         found.append(f"{certificate.occupancy.blocks} blocks per SM, not {tile.resident}")
@@ -244,6 +279,12 @@ def _loop_complaints(loop: MainLoop | None) -> list[str]:
     if loop.divisions:
         found.append(f"{loop.divisions} integer divisions in the main loop")
     return found
+
+
+def full_precision(case: Case) -> bool:
+    """Whether a convolution multiplies in fp32, so that tensor cores have no part in it."""
+    dtype = case.problem.dtype if isinstance(case.problem, ConvProblem) else None
+    return dtype == torch.float32 and case.precision == "ieee"
 
 
 def is_dissolved(case: Case) -> bool:
@@ -298,9 +339,6 @@ def name_of(case: Case) -> str:
         f"split {constants['SPLIT_K']}" if constants.get("SPLIT_K", 1) > 1 else "",
     ]
     return " | ".join(part for part in parts if part)
-
-
-_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_K", "BLOCK")
 
 
 def summary(certificates: Mapping[str, Certificate]) -> Table:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.kernel import PackedKernel
+from fused_resnet.backends.kernel import PackedChainKernel
 from fused_resnet.problem import ChainProblem
 
 from .chain_plan import ChainTile, chain_launch, chain_tile, chain_tiles, programs, unsupported
@@ -44,7 +44,7 @@ class _Bound(NamedTuple):
     sizes: tuple[int, ...]
 
 
-class TritonChain(PackedKernel):
+class TritonChain(PackedChainKernel):
     """Chained bottlenecks of 64, 128 or 256 channels in fp16 and bf16; see ``chain``.
 
     ``arch`` takes the configurations of another GPU than the one at hand, for the interpreter;
@@ -85,6 +85,11 @@ class TritonChain(PackedKernel):
             return (self,)
         tiles = chain_tiles(problem, self._arch or arch_of(device))
         return tuple(self._variants.setdefault(t, TritonChain(self._arch, t)) for t in tiles)
+
+    def layouts(self, problem: ChainProblem, device: torch.device) -> tuple[_Layout, ...]:
+        """See `PackedChainKernel`."""
+        with on_device(device):
+            return self._bind(problem, device).layouts
 
     def pack_key(self, problem: Any) -> _Layout:
         """The layout of one of the weights."""

@@ -134,9 +134,9 @@ _TCGEN16_CONV = (
     Tile(128, 256, 64, 8, 3, parts=2, share=1.00),
     Tile(128, 128, 64, 8, 4, parts=2, share=0.66),
     Tile(64, 128, 64, 4, 4, parts=2, share=0.44, resident=2),
-    Tile(128, 64, 64, 4, 4, share=0.44, resident=2),
+    Tile(128, 64, 64, 4, 4, share=0.40, resident=2),
     # Eight warps: rows of odd channel counts are gathered by single elements, with an address each.
-    Tile(128, 32, 32, 8, 4, share=0.22, resident=2),
+    Tile(128, 32, 32, 8, 4, share=0.13, resident=2),
 )
 # tf32: the same bytes, half the elements.
 _MMA32 = (
@@ -146,18 +146,32 @@ _MMA32 = (
     Tile(64, 64, 32, 4, 3, share=0.67, resident=3),
     Tile(128, 32, 32, 4, 3, share=0.50, resident=2),
 )
-_ASYNC32 = (
+_WGMMA32_GEMM = (
     Tile(128, 128, 32, 8, 4, parts=2, share=1.00),
     Tile(64, 128, 32, 4, 4, parts=2, share=1.00, resident=2),
-    Tile(128, 64, 32, 4, 4, share=0.70, resident=2),
+    Tile(128, 64, 32, 4, 4, parts=2, share=1.00, resident=2),
     Tile(128, 32, 32, 4, 4, share=0.33, resident=2),
+)
+_WGMMA32_CONV = (
+    Tile(128, 128, 32, 8, 4, parts=2, share=1.00),
+    Tile(64, 128, 32, 4, 4, parts=2, share=1.00, resident=2),
+    Tile(128, 64, 32, 4, 4, share=0.67, resident=2),
+    Tile(128, 32, 32, 4, 4, share=0.33, resident=2),
+)
+# Specialised warps take the registers of a whole SM.
+_TCGEN32_GEMM = (
+    Tile(128, 128, 32, 8, 4, parts=2, share=1.00),
+    Tile(64, 128, 32, 4, 4, parts=2, share=1.00),
+    Tile(128, 64, 32, 4, 4, share=0.67),
+    Tile(128, 32, 32, 4, 4, share=0.40),
 )
 _TCGEN32_CONV = (
     Tile(128, 256, 32, 8, 3, parts=4, share=1.00),
     Tile(128, 128, 32, 8, 4, parts=2, share=0.66),
     Tile(64, 128, 32, 4, 4, parts=2, share=0.44, resident=2),
-    Tile(128, 64, 32, 4, 4, share=0.44, resident=2),
-    Tile(128, 32, 32, 4, 4, share=0.22, resident=2),
+    Tile(128, 64, 32, 4, 4, share=0.40, resident=2),
+    # Eight warps: with four the addresses of rows are spilled.
+    Tile(128, 32, 32, 8, 4, share=0.13, resident=2),
 )
 # Full-precision fp32 runs on the ordinary multiply-add units.
 _IEEE = (
@@ -184,16 +198,15 @@ def _space(family: str, kind: str, path: str) -> tuple[Tile, ...]:
         return {"16": _ROWS16, "tf32": _ROWS32, "ieee": _ROWS_IEEE}[kind]
     if kind == "ieee":
         return _IEEE
-    if kind == "tf32":
-        if family == "tcgen05" and path == "conv":
-            return _TCGEN32_CONV
-        return _MMA32 if family == "mma" else _ASYNC32
     spaces = {
-        "mma": (_MMA16, _MMA16),
-        "wgmma": (_WGMMA16_GEMM, _WGMMA16_CONV),
-        "tcgen05": (_TCGEN16_GEMM, _TCGEN16_CONV),
+        ("16", "mma"): (_MMA16, _MMA16),
+        ("16", "wgmma"): (_WGMMA16_GEMM, _WGMMA16_CONV),
+        ("16", "tcgen05"): (_TCGEN16_GEMM, _TCGEN16_CONV),
+        ("tf32", "mma"): (_MMA32, _MMA32),
+        ("tf32", "wgmma"): (_WGMMA32_GEMM, _WGMMA32_CONV),
+        ("tf32", "tcgen05"): (_TCGEN32_GEMM, _TCGEN32_CONV),
     }
-    return spaces[family][path == "conv"]
+    return spaces[kind, family][path == "conv"]
 
 
 def stem_pool_tile(dtype: torch.dtype, precision: str) -> Tile:

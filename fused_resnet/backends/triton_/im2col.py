@@ -2,7 +2,8 @@
 
 Gluon kernels do not run in Triton's interpreter and no GPU has run this one: a test compiles it
 ahead of time, and nothing else. No kernel of ``KERNELS`` uses it; only a user's own verification
-against float64 may admit it.
+against float64 may admit it: ``pytest -m gpu tests/test_triton_gpu.py -k gluon`` is one. For sm_100
+see ``im2col_sm100``.
 
 TMA im2col keeps the flat order of output pixels: a box of it is BLOCK_M rows of the
 [N*OH*OW, R*S*C] matrix at one filter tap, with zeros where the window leaves the image. So one warp

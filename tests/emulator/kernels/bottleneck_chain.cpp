@@ -1,33 +1,44 @@
 #include "bottleneck_chain.cuh"
 
+#include <cstring>
+
 #include "register.h"
 
 using namespace fused_resnet;
 using namespace fused_resnet::device;
 
-#define REGISTER_CHAIN(name, Math, suffix, ...) \
-  EMULATOR_KERNEL("bottleneck_chain<" name "," suffix ">", bottleneck_chain<Math, __VA_ARGS__>)
+#define CHAINS(X)                                              \
+  X("64,resident,next", ChainTile<64, 64, 0, 1, 8, 17>)        \
+  X("64,streamed,next", ChainTile<64, 64, 0, 1, 8, 4>)         \
+  X("64,resident,last", ChainTile<64, 0, 0, 1, 8, 17>)         \
+  X("64,streamed,last", ChainTile<64, 0, 0, 1, 8, 4>)          \
+  X("64,resident,wider", ChainTile<64, 128, 0, 1, 8, 25>)      \
+  X("64,streamed,wider", ChainTile<64, 128, 0, 1, 8, 4>)       \
+  X("64,resident,projected", ChainTile<64, 64, 64, 1, 8, 25>)  \
+  X("64,streamed,projected", ChainTile<64, 64, 64, 1, 8, 4>)   \
+  X("128,streamed,next", ChainTile<128, 128, 0, 1, 8, 3>)      \
+  X("128,streamed,last", ChainTile<128, 0, 0, 1, 8, 3>)        \
+  X("128,streamed,wider", ChainTile<128, 256, 0, 1, 8, 3>)     \
+  X("128,streamed,strided", ChainTile<128, 128, 256, 2, 8, 3>) \
+  X("128,short,strided", ChainTile<128, 128, 256, 2, 4, 3>)
 
-#define REGISTER_CHAINS(name, Math)                                        \
-  REGISTER_CHAIN(name, Math, "64,resident,next", ChainTile64Resident<64>); \
-  REGISTER_CHAIN(name, Math, "64,resident,last", ChainTile64Resident<0>);  \
-  REGISTER_CHAIN(name, Math, "64,streamed,next", ChainTile64<64>);         \
-  REGISTER_CHAIN(name, Math, "64,streamed,last", ChainTile64<0>);          \
-  REGISTER_CHAIN(name, Math, "128,streamed,next", ChainTile128<128>);      \
-  REGISTER_CHAIN(name, Math, "128,streamed,last", ChainTile128<0>)
+#define REGISTER_CHAIN(name, ...)                              \
+  EMULATOR_KERNEL("bottleneck_chain<float16," name ">",        \
+                  bottleneck_chain<Float16Math, __VA_ARGS__>); \
+  EMULATOR_KERNEL("bottleneck_chain<bfloat16," name ">",       \
+                  bottleneck_chain<BFloat16Math, __VA_ARGS__>);
+CHAINS(REGISTER_CHAIN)
 
-REGISTER_CHAINS("float16", Float16Math);
-REGISTER_CHAINS("bfloat16", BFloat16Math);
-
-// Fills the derived fields of `args`; shared bytes of the kernel.
-extern "C" int derive_chain(ChainArgs* args, int resident) {
-  using Tile = ChainTile64<64>;
-  derive(*args, Tile::kTileH, Tile::kTileW);
-  const bool next = args->mid_next != nullptr;
-  if (args->mid == 128)
-    return next ? ChainTile128<128>::kSharedBytes : ChainTile128<0>::kSharedBytes;
-  if (resident) {
-    return next ? ChainTile64Resident<64>::kSharedBytes : ChainTile64Resident<0>::kSharedBytes;
+// Fills the derived fields of `args` and the threads of a block; shared bytes of the kernel, or -1
+// if there is none of this name that serves `args`.
+extern "C" int plan_chain(const char* name, ChainArgs* args, int* threads) {
+#define PLAN_CHAIN(its_name, ...)                                       \
+  if (std::strcmp(name, its_name) == 0 && serves<__VA_ARGS__>(*args)) { \
+    derive<__VA_ARGS__>(*args);                                         \
+    *threads = __VA_ARGS__::kThreads;                                   \
+    return __VA_ARGS__::kSharedBytes;                                   \
   }
-  return next ? ChainTile64<64>::kSharedBytes : ChainTile64<0>::kSharedBytes;
+  CHAINS(PLAN_CHAIN)
+#undef PLAN_CHAIN
+  return -1;
 }
