@@ -1,6 +1,9 @@
-// The stem, from images of any strides and of either dtype.
+// The stem, from images of any strides and of either dtype, each way its convolution is computed.
 
 #include "cpu/stem.h"
+
+#include <string>
+#include <vector>
 
 #include "cpu/parallel.h"
 #include "problems.h"
@@ -11,8 +14,7 @@
 namespace fused_resnet::sanitize {
 namespace {
 
-bool check(cpu::Isa isa, Element element, int threads) {
-  const cpu::StemFunctions& stem = cpu::stem_functions(isa, element);
+bool check(const cpu::StemFunctions& stem, Element element, int threads) {
   const ConvProblem p = random_stem();
   const cpu::PoolWindow pool = random_pool(p.out_h, p.out_w);
   const Element x_element = one_of({0, 1}) == 0 ? Element::kFloat32 : element;
@@ -40,7 +42,16 @@ bool check(cpu::Isa isa, Element element, int threads) {
 
   const double unit = element == Element::kFloat32 ? 1e-5 : 1e-2;
   const Exact exact = max_pool(pool, convolve(p, x.exact(), weight, scale, shift, nullptr));
-  return agrees("stem " + described(p), y, exact, unit);
+  return agrees(std::string("stem ") + stem.name + " " + described(p), y, exact, unit);
+}
+
+std::vector<const cpu::StemFunctions*> stems_of(cpu::Isa isa, Element element) {
+  const auto listed = cpu::stems(isa, element);
+  std::vector<const cpu::StemFunctions*> stems(listed.begin(), listed.end());
+  if (isa == cpu::Isa::kGeneric && element == Element::kBFloat16) {
+    stems.push_back(&cpu::kStemBFloat16AmxEmulated);
+  }
+  return stems;
 }
 
 }  // namespace
@@ -48,9 +59,11 @@ bool check(cpu::Isa isa, Element element, int threads) {
 int run_stems(cpu::Isa isa, int problems) {
   int wrong = 0;
   for (Element element : {Element::kFloat32, Element::kBFloat16}) {
-    for (int i = 0; i < problems; ++i) wrong += !check(isa, element, pick(1, 3));
-    std::printf("%s stem %s: %d problems\n", cpu::isa_name(isa),
-                element == Element::kFloat32 ? "float32" : "bfloat16", problems);
+    for (const cpu::StemFunctions* stem : stems_of(isa, element)) {
+      for (int i = 0; i < problems; ++i) wrong += !check(*stem, element, pick(1, 3));
+      std::printf("%s stem, %s, %s: %d problems\n", cpu::isa_name(isa), stem->name,
+                  element == Element::kFloat32 ? "float32" : "bfloat16", problems);
+    }
   }
   return wrong;
 }
