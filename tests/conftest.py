@@ -31,9 +31,10 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    # Test processes run side by side; small problems gain nothing from threads anyhow.
+    # Test processes run side by side; small problems gain nothing from threads anyhow. Said anew for
+    # each test: what a test runs may ask torch for more, and memory, forks and kernels depend on it.
     torch.set_num_threads(1)
 
 

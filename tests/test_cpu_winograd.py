@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,13 +29,6 @@ NAMES = ("winograd2", "winograd4", "winograd4_compact")
 # fp32 at most 1.2e-6 for hundreds of channels, as winograd4's docstring tells; in bf16 where what
 # is transformed is rounded, 4.1e-3.
 FP32_LIMIT, BF16_LIMIT = 2e-6, 6e-3
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def run(name: str, isa: str, p: ConvProblem, args: Args) -> Tensor:
