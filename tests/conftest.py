@@ -33,8 +33,8 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    # Test processes run side by side; small problems gain nothing from threads anyhow. Said anew for
-    # each test: what a test runs may ask torch for more, and memory, forks and kernels depend on it.
+    # Test processes run side by side; small problems gain nothing from threads anyhow. Said for
+    # each test, since one before may have asked for more: memory, forks and kernels depend on it.
     torch.set_num_threads(1)
 
 
