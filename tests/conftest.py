@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fused_resnet import backends, ops, tuned_table
+from fused_resnet import backends, ops, planner, tuned_table, tuning
 from fused_resnet._build import extension, extension_error
 
 # What was measured on this machine before decides nothing here; processes that tests start inherit
@@ -78,3 +79,12 @@ def native(request: pytest.FixtureRequest) -> Iterator[Any]:
     extension.set_isa(request.param)
     yield extension
     extension.set_isa(before)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`optimize` measures hardly at all: for tests of anything but the clock."""
+    efforts = {name: replace(e, rounds=1, seconds=0.0) for name, e in tuning.EFFORTS.items()}
+    for module in (tuning, planner):
+        monkeypatch.setattr(module, "EFFORTS", efforts)
+    monkeypatch.setattr(planner, "_CONTEST_ROUNDS", (1, 1))

@@ -6,7 +6,6 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,7 @@ from tests.plans import Blocks, assert_right, blocks, small_resnet
 X = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure hardly at all: what is tested here is not the clock."""
-    hurried = {name: replace(e, rounds=1, seconds=0.0) for name, e in tuning.EFFORTS.items()}
-    for module in (tuning, planner):
-        monkeypatch.setattr(module, "EFFORTS", hurried)
-    monkeypatch.setattr(planner, "_CONTEST_ROUNDS", (1, 1))
+pytestmark = pytest.mark.usefixtures("hurried")
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet import backends, plan_file, planner, tuning
+from fused_resnet import backends, plan_file, planner
 from fused_resnet._build import extension
 from fused_resnet.backends import FusedResNetWarning
 from fused_resnet.cuda_graph import CudaGraph
@@ -34,13 +33,9 @@ X = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(autouse=True)
-def _quick(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick(tuned: Path, hurried: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Choose by the heuristic order: what is tested here is not the choice."""
-    hurried = {name: replace(e, rounds=1, seconds=0.0) for name, e in tuning.EFFORTS.items()}
-    for module in (tuning, planner):
-        monkeypatch.setattr(module, "EFFORTS", hurried)
     monkeypatch.setattr(planner._Planner, "measure_missing", lambda self: None)
-    monkeypatch.setattr(planner, "_CONTEST_ROUNDS", (1, 1))
 
 
 def optimized(model: nn.Module, x: Tensor = X, **options: Any) -> fused_resnet.Plan:

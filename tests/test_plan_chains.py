@@ -62,14 +62,6 @@ class FakeChain(Kernel):
         return self.behave(problem, *args)
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    hurried = {name: replace(e, rounds=1, seconds=0.0) for name, e in tuning.EFFORTS.items()}
-    for module in (tuning, planner):
-        monkeypatch.setattr(module, "EFFORTS", hurried)
-    monkeypatch.setattr(planner, "_CONTEST_ROUNDS", (1, 1))
-
-
 @pytest.fixture
 def install(fresh_registry: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Have one chain kernel, past its entrance test, and stock torch as everything else."""
@@ -122,7 +114,7 @@ def network() -> nn.Module:
     return small()
 
 
-pytestmark = pytest.mark.usefixtures("tuned")
+pytestmark = pytest.mark.usefixtures("tuned", "hurried")
 
 # ------------------------------------------------------------------------ right, quick, or left out
 
