@@ -416,7 +416,11 @@ def bottleneck_chain(
     for i, (name, layout) in enumerate(places):
         weight, scale, shift = convs[3 * i : 3 * i + 3]
         if weight is not None and scale is not None and shift is not None:
-            tensors |= {"weight" + name: PACK[layout](weight), "scale" + name: scale, "shift" + name: shift}
+            tensors |= {
+                "weight" + name: PACK[layout](weight),
+                "scale" + name: scale,
+                "shift" + name: shift,
+            }
     results = ["out"] + (["mid_next"] if problem.next else [])
     buffers = {
         name: run.buffer(t, name, name not in results) for name, t in tensors.items() if t.numel()

@@ -7,19 +7,19 @@
 //
 // Layout    NHWC, T (16 bits) each; scale and shift in fp32. Sums and epilogues are fp32; mid2,
 //           out and a projected shortcut are rounded to T once, as if they had been stored.
-// Product   A block takes 8 x 16 pixels at a time, or 4 x 32 where fewer of these cover an image (as
-//           7 instead of 8 cover 28 x 28), a warp 16 neighbours of a row. The 3x3 is an implicit
-//           GEMM, 16 pixels by kMid channels over 9 kMid terms, on a halo of 10 x 18 pixels in
-//           shared memory (6 x 34; for stride 2, 17 x 33 or 9 x 65). Its sums become, in registers,
-//           the left operand of the 1x1, which makes 32 channels of out at a time; these are
-//           stored, and are at once the left operand of the next 1x1, whose sums grow over the
+// Product   A block takes 8 x 16 pixels at a time, or 4 x 32 where fewer of these cover an image,
+//           as 7 instead of 8 cover 28 x 28; a warp takes 16 neighbours of a row. The 3x3 is an
+//           implicit GEMM, 16 pixels by kMid channels over 9 kMid terms, on a halo of 10 x 18
+//           pixels in shared memory (6 x 34; for stride 2, 17 x 33 or 9 x 65). Its sums become, in
+//           registers, the left operand of the 1x1, which makes 32 channels of out at a time; these
+//           are stored, and are at once the left operand of the next 1x1, whose sums grow over the
 //           chunks (as the two products of attention are chained: Dao et al., "FlashAttention",
 //           NeurIPS 2022). A projection's input goes from global memory to registers, as a left
 //           operand, once for all chunks.
 // Halo      It lies in parts, 64 channels of the pixels that are kStride apart, since a tap of the
 //           3x3 reads one part only. Stride 1 has room for all of them. Of stride 2 there are 8,
 //           which pass through two buffers: each is copied while the one before it is multiplied,
-//           and so the halo of 4.4 inputs a pixel takes 41 KiB instead of 146.
+//           and so the halo, 4.4 or more inputs for each pixel, takes 41 KiB instead of 146.
 // Schedule  Blocks are persistent. The weights pass through shared memory as a stream of tiles,
 //           packed in the order of their use and swizzled already, so that a copy is linear; where
 //           there is a buffer for every tile, they are read once. The halo of the block's next
@@ -277,7 +277,7 @@ __device__ __forceinline__ void chain_block(const ChainArgs& args, char* shared)
   static_assert(!kPartsMove || (Tile::kPartBuffers == 2 && Tile::kStages == 3));
 
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  // The warp's pixels in the tile.
+  // Where the warp's pixels lie in the tile.
   const int warp_row = warp * 16 / args.tile_w, warp_column = warp * 16 % args.tile_w;
   const int first_tile = blockIdx.x;
   const int step = gridDim.x;
@@ -373,8 +373,8 @@ __device__ __forceinline__ void chain_block(const ChainArgs& args, char* shared)
             }
             stream.copy();
             const char* const weights = stream.take();
-            const int first_pixel = (warp_row + r / Tile::kStride) * args.part_w + warp_column +
-                                    s / Tile::kStride;
+            const int first_pixel =
+                (warp_row + r / Tile::kStride) * args.part_w + warp_column + s / Tile::kStride;
             typename Math::template Fragments<1, kTilesN> fragments[2];
             const auto load = [&](int k) {
               Math::load(

@@ -8,11 +8,11 @@
 
 namespace fused_resnet {
 
-// How a thread block of the chained bottleneck works: kPixels pixels at a time, 16 of them to a warp,
-// and the weights of all convolutions as a stream of tiles through kStages_ buffers. kMid_ channels
-// enter the 3x3, of stride kStride_, and leave it; 4 kMid_ leave the 1x1, kNext_ the next block's
-// 1x1, 0 where there is none. The shortcut is a projection of kProj_ channels, or an identity where
-// kProj_ is 0.
+// How a thread block of the chained bottleneck works: kPixels pixels at a time, 16 of them to a
+// warp, and the weights of all convolutions as a stream of tiles through kStages_ buffers. kMid_
+// channels enter the 3x3, of stride kStride_, and leave it; 4 kMid_ leave the 1x1, kNext_ the next
+// block's 1x1, 0 where there is none. The shortcut is a projection of kProj_ channels, or an
+// identity where kProj_ is 0.
 template <int kMid_, int kNext_, int kProj_, int kStride_, int kStages_>
 struct ChainTile {
   static constexpr int kMid = kMid_, kOut = 4 * kMid_, kNext = kNext_, kProj = kProj_;
