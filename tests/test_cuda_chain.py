@@ -138,6 +138,30 @@ def test_results_are_written_once_by_16_bytes(mid: int, block: str, way: str) ->
             assert buffers[name].bytes_read == 2 * buffers[name].unique_bytes_read
 
 
+@pytest.mark.parametrize(
+    ("h", "w", "tile", "tiles"),
+    [
+        (28, 28, (4, 32), 7),
+        (9, 21, (4, 32), 3),
+        # Of equal numbers the one of the smaller halo.
+        (56, 56, (8, 16), 28),
+        (32, 32, (8, 16), 8),
+        (16, 16, (8, 16), 2),
+    ],
+)
+@pytest.mark.parametrize("block", ["next", "strided"])
+def test_the_fewest_tiles_that_cover_an_image(
+    block: str, h: int, w: int, tile: tuple[int, int], tiles: int
+) -> None:
+    options = BLOCKS["strided"] | {"proj": 256} if block == "strided" else {}
+    stride = 2 if options else 1
+    problem = chain_problem(128, 3, h * stride, w * stride, **options)
+    given = emulated.chain_args(problem, torch.empty(problem.residual_shape))
+    emulated.plan_chain(given, problem, "streamed")
+    assert (given.tile_h, given.tile_w) == tile
+    assert given.tiles == 3 * tiles
+
+
 @pytest.mark.parametrize("has_next", [True, False], ids=["next", "last"])
 def test_nan_arrives(has_next: bool) -> None:
     problem = problem_of("whole", 64, "float16", "next" if has_next else "last")
