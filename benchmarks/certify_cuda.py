@@ -100,19 +100,18 @@ MEDIUM_SHARED, LARGE_SHARED = ("sm_80", "sm_90", "sm_100"), ("sm_90", "sm_100")
 #: The chained bottlenecks, as ``ChainTiles`` of ``csrc/cuda/chain_args.h`` has them: what the
 #: certificate calls it, its template arguments, shared bytes, and where it is launched.
 CHAIN_TILES: tuple[tuple[str, tuple[int, ...], int, tuple[str, ...]], ...] = (
-    ("64 resident next", (64, 64, 0, 1, 8, 17), 162304, MEDIUM_SHARED),
-    ("64 streamed next", (64, 64, 0, 1, 8, 4), 55808, ()),
-    ("64 resident last", (64, 0, 0, 1, 8, 17), 162304, MEDIUM_SHARED),
-    ("64 streamed last", (64, 0, 0, 1, 8, 4), 55808, ()),
-    ("64 resident wider", (64, 128, 0, 1, 8, 25), 227840, LARGE_SHARED),
-    ("64 streamed wider", (64, 128, 0, 1, 8, 4), 55808, ()),
-    ("64 resident projected", (64, 64, 64, 1, 8, 25), 227840, LARGE_SHARED),
-    ("64 streamed projected", (64, 64, 64, 1, 8, 4), 55808, ()),
-    ("128 streamed next", (128, 128, 0, 1, 8, 3), 95232, ()),
-    ("128 streamed last", (128, 0, 0, 1, 8, 3), 95232, ()),
-    ("128 streamed wider", (128, 256, 0, 1, 8, 3), 95232, ("sm_86", "sm_89", *MEDIUM_SHARED)),
-    ("128 streamed strided", (128, 128, 256, 2, 8, 3), 192768, LARGE_SHARED),
-    ("128 short strided", (128, 128, 256, 2, 4, 3), 125184, ("sm_80",)),
+    ("64 resident next", (64, 64, 0, 1, 17), 165376, MEDIUM_SHARED),
+    ("64 streamed next", (64, 64, 0, 1, 4), 58880, ()),
+    ("64 resident last", (64, 0, 0, 1, 17), 165376, MEDIUM_SHARED),
+    ("64 streamed last", (64, 0, 0, 1, 4), 58880, ()),
+    ("64 resident wider", (64, 128, 0, 1, 25), 230912, LARGE_SHARED),
+    ("64 streamed wider", (64, 128, 0, 1, 4), 58880, ()),
+    ("64 resident projected", (64, 64, 64, 1, 25), 230912, LARGE_SHARED),
+    ("64 streamed projected", (64, 64, 64, 1, 4), 58880, ()),
+    ("128 streamed next", (128, 128, 0, 1, 3), 101376, ()),
+    ("128 streamed last", (128, 0, 0, 1, 3), 101376, ()),
+    ("128 streamed wider", (128, 256, 0, 1, 3), 101376, ()),
+    ("128 streamed strided", (128, 128, 256, 2, 3), 91392, ()),
 )
 
 
@@ -122,8 +121,7 @@ def chain_configs() -> Iterator[Config]:
         for kind, parameters, shared, archs in CHAIN_TILES:
             tile = "".join(f"Li{parameter}E" for parameter in parameters)
             pattern = re.compile(rf"16bottleneck_chainI\w*{MATHS[arithmetic]}\w*ChainTileI{tile}E")
-            threads = 32 * parameters[4]
-            yield Config(f"bottleneck_chain {arithmetic} {kind}", pattern, threads, shared, archs)
+            yield Config(f"bottleneck_chain {arithmetic} {kind}", pattern, 256, shared, archs)
 
 
 def configs() -> Iterator[Config]:
@@ -308,7 +306,6 @@ CHAINS = (
     ChainCase(64, "resident", 56, 4, _PROJECTED),
     ChainCase(64, "streamed", 56, 4, _PROJECTED),
     ChainCase(128, "streamed", 28, 3, _STRIDED),
-    ChainCase(128, "short", 28, 3, _STRIDED),
 )
 
 

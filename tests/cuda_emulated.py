@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import cuda
-from fused_resnet.backends.cuda_chain import pack_pointwise, pack_reduce, pack_taps
+from fused_resnet.backends.cuda_chain import PACK, layouts
 from fused_resnet.backends.cuda_schedule import ConvSchedule, gathers_wide
 from fused_resnet.problem import EPILOGUES, ChainProblem, ConvProblem, conv_out_size
 from tests.emulator import Buffer, Output, Report
@@ -350,8 +350,9 @@ class ChainArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight1", "scale2", "shift2", "scale3", "shift3")),
         *((name, ctypes.c_void_p) for name in ("scale_proj", "shift_proj", "scale1", "shift1")),
         *((name, ctypes.c_void_p) for name in ("residual", "out", "mid_next")),
-        *((name, ctypes.c_int32) for name in ("out_h", "out_w", "kept_h", "kept_w", "tiles")),
-        ("divisors", ctypes.c_int32 * 6),
+        *((name, ctypes.c_int32) for name in ("out_h", "out_w", "kept_h", "kept_w")),
+        *((name, ctypes.c_int32) for name in ("tile_h", "tile_w", "part_h", "part_w", "tiles")),
+        ("divisors", ctypes.c_int32 * 9),
     ]
 
 
@@ -381,7 +382,7 @@ def plan_chain(
     Args:
         given: the arguments.
         problem: what is computed.
-        way: ``resident`` or ``streamed`` weights, ``short``: streamed, for tiles of 4 x 16 pixels.
+        way: ``resident`` or ``streamed`` weights.
         checked: which of the emulator's builds.
 
     Raises:
@@ -411,11 +412,15 @@ def bottleneck_chain(
         mid.new_empty(n, h, w, c) for n, c, h, w in (problem.out_shape, problem.next_shape)
     )
     tensors = {"mid1": nhwc(mid), "residual": nhwc(residual), "out": out, "mid_next": mid_next}
-    packing = (("2", pack_taps), ("3", pack_pointwise), ("_proj", pack_pointwise))
-    for i, (name, pack) in enumerate((*packing, ("1", pack_reduce))):
+    places = zip(("2", "3", "_proj", "1"), layouts(problem), strict=True)
+    for i, (name, layout) in enumerate(places):
         weight, scale, shift = convs[3 * i : 3 * i + 3]
         if weight is not None and scale is not None and shift is not None:
-            tensors |= {"weight" + name: pack(weight), "scale" + name: scale, "shift" + name: shift}
+            tensors |= {
+                "weight" + name: PACK[layout](weight),
+                "scale" + name: scale,
+                "shift" + name: shift,
+            }
     results = ["out"] + (["mid_next"] if problem.next else [])
     buffers = {
         name: run.buffer(t, name, name not in results) for name, t in tensors.items() if t.numel()

@@ -129,10 +129,10 @@ struct ChainPointers {
     chain_block<MATH, __VA_ARGS__>(pointers.in(args), shared);                                 \
   }
 
-CHAIN_ENTRY(entry_chain, ChainTile<64, 64, 0, 1, 8, 4>)
-CHAIN_ENTRY(entry_chain_wider, ChainTile<64, 128, 0, 1, 8, 4>)
-CHAIN_ENTRY(entry_chain_projected, ChainTile<64, 64, 64, 1, 8, 4>)
-CHAIN_ENTRY(entry_chain_strided, ChainTile<128, 128, 256, 2, 4, 3>)
+CHAIN_ENTRY(entry_chain, ChainTile<64, 64, 0, 1, 4>)
+CHAIN_ENTRY(entry_chain_wider, ChainTile<64, 128, 0, 1, 4>)
+CHAIN_ENTRY(entry_chain_projected, ChainTile<64, 64, 64, 1, 4>)
+CHAIN_ENTRY(entry_chain_strided, ChainTile<128, 128, 256, 2, 3>)
 #endif
 
 template __global__ void fused_resnet::device::add_relu<T>(const T*, const T*, T*, int64_t);

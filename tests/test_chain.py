@@ -110,6 +110,17 @@ def test_whole_networks(name: str) -> None:
         assert_within_rule(chain(model)(x), reference, stock(x), torch.float32)
 
 
+def test_projections_of_pooled_pixels() -> None:
+    """ResNet-D: an average pool comes before the strided projections."""
+    model = randomised(timm.create_model("resnet26d"))
+    (found,) = find_chains(model)
+    assert len(found.links) == 8
+    x = torch.randn(1, 3, 48, 64)
+    with torch.inference_mode():
+        reference = copy.deepcopy(model).double()(x.double())
+        assert_within_rule(chain(model)(x), reference, model(x), torch.float32)
+
+
 def test_parameters_are_shared_and_changes_followed() -> None:
     model = small()
     chained = chain(model)
@@ -153,6 +164,9 @@ def test_what_cannot_be_chained_is_explained() -> None:
     dilated = torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True])
     assert "dilation (2, 2)" in reason_of(dilated, "layer4.1")
     assert "sum with the shortcut" in reason_of(timm.create_model("seresnet50"), "layer1.0")
+    smoothed = timm.create_model("resnetaa50")
+    assert "its 3x3 is read by layer2.0.aa" in reason_of(smoothed, "layer2.0")
+    assert [len(c.links) for c in find_chains(smoothed)] == [3, 0, 3, 0, 5, 0, 2]
     first = fused_resnet.ResNet(fused_resnet.Bottleneck, [2, 2, 2, 2], stride_in_1x1=True)
     notes = [note for c in find_chains(first) for link in c.links for note in link.notes]
     assert "the next block's 1x1 has stride 2 (ResNet v1)" in notes

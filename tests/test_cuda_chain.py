@@ -37,14 +37,18 @@ KERNELS = (
         for block in ("next", "last", "wider", "even", "projected")
         for way in ("resident", "streamed")
     ),
-    *((128, block, "streamed") for block in ("next", "last", "wider", "even")),
-    *((128, block, way) for block in ("strided", "thinned") for way in ("streamed", "short")),
+    *(
+        (128, block, "streamed")
+        for block in ("next", "last", "wider", "even", "strided", "thinned")
+    ),
 )
 
-#: N, H, W of mid2: whole tiles of 8 x 16 pixels, ragged ones, images smaller than a tile.
+#: N, H, W of mid2: whole tiles of 8 x 16 pixels, ragged ones, images smaller than a tile; "wide"
+#: and "resnet" are cut into tiles of 4 x 32.
 SIZES = {
     "whole": (1, 16, 32),
-    "ragged": (2, 9, 21),
+    "ragged": (2, 9, 16),
+    "wide": (2, 9, 21),
     "small": (3, 5, 3),
     "pixel": (1, 1, 1),
     "resnet": (1, 28, 28),
@@ -87,14 +91,14 @@ def test_chain(dtype: str, mid: int, block: str, way: str, name: str) -> None:
     check(run, problem_of(name, mid, dtype, block, turn), way, 1 + turn % 3)
 
 
+@pytest.mark.parametrize("name", ["ragged", "wide"])
 @pytest.mark.parametrize(("mid", "block", "way"), KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_checked_build_reports_nothing(dtype: str, mid: int, block: str, way: str) -> None:
-    turn = KERNELS.index((mid, block, way)) + DTYPES.index(dtype)
+def test_checked_build_reports_nothing(mid: int, block: str, way: str, name: str) -> None:
+    turn = KERNELS.index((mid, block, way)) + (name == "wide")
     run = emulated.Run(
         checked=True, schedule=SCHEDULES[turn % 3], seed=turn, placement=("left", "right")[turn % 2]
     )
-    check(run, problem_of("ragged", mid, dtype, block, turn), way, 3)
+    check(run, problem_of(name, mid, DTYPES[turn % 2], block, turn), way, 3)
     (report,) = run.reports
     for kind in ("ldmatrix", "shared_load", "shared_store", "cp_async"):
         assert report.conflicts(kind) == 1.0, kind
@@ -107,7 +111,7 @@ def test_checked_build_reports_nothing(dtype: str, mid: int, block: str, way: st
         (64, "next", "resident"),
         (64, "even", "resident"),
         (64, "projected", "resident"),
-        (128, "strided", "short"),
+        (128, "strided", "streamed"),
     ],
 )
 def test_results_are_written_once_by_16_bytes(mid: int, block: str, way: str) -> None:
@@ -132,6 +136,30 @@ def test_results_are_written_once_by_16_bytes(mid: int, block: str, way: str) ->
         # Once by each of two blocks.
         for name in weights:
             assert buffers[name].bytes_read == 2 * buffers[name].unique_bytes_read
+
+
+@pytest.mark.parametrize(
+    ("h", "w", "tile", "tiles"),
+    [
+        (28, 28, (4, 32), 7),
+        (9, 21, (4, 32), 3),
+        # Of equal numbers the one of the smaller halo.
+        (56, 56, (8, 16), 28),
+        (32, 32, (8, 16), 8),
+        (16, 16, (8, 16), 2),
+    ],
+)
+@pytest.mark.parametrize("block", ["next", "strided"])
+def test_the_fewest_tiles_that_cover_an_image(
+    block: str, h: int, w: int, tile: tuple[int, int], tiles: int
+) -> None:
+    options = BLOCKS["strided"] | {"proj": 256} if block == "strided" else {}
+    stride = 2 if options else 1
+    problem = chain_problem(128, 3, h * stride, w * stride, **options)
+    given = emulated.chain_args(problem, torch.empty(problem.residual_shape))
+    emulated.plan_chain(given, problem, "streamed")
+    assert (given.tile_h, given.tile_w) == tile
+    assert given.tiles == 3 * tiles
 
 
 @pytest.mark.parametrize("has_next", [True, False], ids=["next", "last"])
@@ -181,13 +209,21 @@ class TestKernel:
             refusal = kernel.supports(other, device)
             assert refusal is not None
             assert reason in refusal
-        gpu.shared_memory_per_block_optin = 101376
-        assert kernel.supports(chain_problem(128, following=256), device) is None
-        refusal = kernel.supports(problem_of("whole", 128, "float16", "strided"), device)
-        assert refusal == "needs 125184 bytes of shared memory, this GPU has 101376"
-        gpu.major = 12
-        assert kernel.supports(chain_problem(128), device) is None
-        assert "spills" in (kernel.supports(chain_problem(128, following=256), device) or "")
+
+    def test_serves_the_smallest_gpu_and_no_smaller_one(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        kernel, device = cuda_chain.CudaChain(), torch.device("cpu")
+        monkeypatch.setattr(cuda_chain, "unavailable", lambda device: None)
+        gpu = SimpleNamespace(shared_memory_per_block_optin=101376)  # sm_86, sm_89, sm_120
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+        for mid, block, _ in KERNELS:
+            problem = problem_of("whole", mid, "float16", block)
+            assert kernel.supports(problem, device) is None
+        gpu.shared_memory_per_block_optin = 98304
+        refusal = kernel.supports(chain_problem(128), device)
+        assert refusal == "needs 101376 bytes of shared memory, this GPU has 98304"
+        assert kernel.supports(chain_problem(64), device) is None
 
     def test_shared_memory_is_that_of_the_smallest_kernel(self) -> None:
         found: dict[tuple[int, ...], int] = {}

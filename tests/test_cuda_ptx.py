@@ -138,7 +138,7 @@ CHAINS = {
     "entry_chain": (chain_problem(64, 1, 3, 18), "streamed"),
     "entry_chain_wider": (chain_problem(64, 1, 3, 5, following=128, store="even"), "streamed"),
     "entry_chain_projected": (chain_problem(64, 1, 3, 5, proj=64), "streamed"),
-    "entry_chain_strided": (chain_problem(128, 1, 5, 8, proj=256, stride=2), "short"),
+    "entry_chain_strided": (chain_problem(128, 1, 5, 8, proj=256, stride=2), "streamed"),
 }
 
 
@@ -150,9 +150,8 @@ def test_chain(arithmetic: str, entry: str) -> None:
     problem = dataclasses.replace(problem, dtype=emulated.DTYPES[arithmetic])
     args = chain_data(problem)
     mid, residual, *convs = args
-    layouts = ("taps", "pointwise", "pointwise", "reduce")
     arrays = [array(emulated.nhwc(mid)), array(emulated.nhwc(residual))]
-    for i, layout in enumerate(layouts):
+    for i, layout in enumerate(cuda_chain.layouts(problem)):
         weight, scale, shift = convs[3 * i : 3 * i + 3]
         packed = None if weight is None else cuda_chain.PACK[layout](weight)
         arrays += map(array, (packed, scale, shift))

@@ -54,6 +54,10 @@ def test_every_epilogue_has_several_plans(capability: int, dtype: str, stub: Pat
     assert found[0]["workspace"] == 0
 
 
+#: Distinct layers but the stem that is pooled: those of ResNet-18, and ResNet-50's that it lacks.
+LAYERS = 15 + 19
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 32])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -62,7 +66,7 @@ def test_every_layer_compiles_without_a_workspace(
     capability: int, dtype: str, n: int, stub: Path
 ) -> None:
     found = planned(stub, capability, dtype, n)
-    assert len(found) == 33
+    assert len({layer["problem"] for layer in found}) == len(found) == LAYERS
     for layer in found:
         assert len(layer["plans"]) >= 2, layer
         assert layer["built"] in layer["plans"]

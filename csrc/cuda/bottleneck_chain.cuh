@@ -7,19 +7,24 @@
 //
 // Layout    NHWC, T (16 bits) each; scale and shift in fp32. Sums and epilogues are fp32; mid2,
 //           out and a projected shortcut are rounded to T once, as if they had been stored.
-// Product   A block takes 8 x 16 pixels at a time (4 x 16 where shared memory is short), a warp one
-//           row of 16. The 3x3 is an implicit GEMM, 16 pixels by kMid channels over 9 kMid terms,
-//           on a halo of 10 x 18 pixels in shared memory (17 x 33 for stride 2). Its sums become,
-//           in registers, the left operand of the 1x1, which makes 32 channels of out at a time;
-//           these are stored, and are at once the left operand of the next 1x1, whose sums grow
-//           over the chunks (as the two products of attention are chained: Dao et al.,
-//           "FlashAttention", NeurIPS 2022). A projection's input goes from global memory to
-//           registers, as a left operand, once for all chunks.
+// Product   A block takes 8 x 16 pixels at a time, or 4 x 32 where fewer of these cover an image,
+//           as 7 instead of 8 cover 28 x 28; a warp takes 16 neighbours of a row. The 3x3 is an
+//           implicit GEMM, 16 pixels by kMid channels over 9 kMid terms, on a halo of 10 x 18
+//           pixels in shared memory (6 x 34; for stride 2, 17 x 33 or 9 x 65). Its sums become, in
+//           registers, the left operand of the 1x1, which makes 32 channels of out at a time; these
+//           are stored, and are at once the left operand of the next 1x1, whose sums grow over the
+//           chunks (as the two products of attention are chained: Dao et al., "FlashAttention",
+//           NeurIPS 2022). A projection's input goes from global memory to registers, as a left
+//           operand, once for all chunks.
+// Halo      It lies in parts, 64 channels of the pixels that are kStride apart, since a tap of the
+//           3x3 reads one part only. Stride 1 has room for all of them. Of stride 2 there are 8,
+//           which pass through two buffers: each is copied while the one before it is multiplied,
+//           and so the halo, 4.4 or more inputs for each pixel, takes 41 KiB instead of 146.
 // Schedule  Blocks are persistent. The weights pass through shared memory as a stream of tiles,
 //           packed in the order of their use and swizzled already, so that a copy is linear; where
 //           there is a buffer for every tile, they are read once. The halo of the block's next
-//           tile is copied while the 1x1s of this one run, the residual is loaded kAhead chunks
-//           before its use, the first chunks before the 3x3.
+//           tile (what there are buffers for) is copied while the 1x1s of this one run, the
+//           residual is loaded kAhead chunks before its use, the first chunks before the 3x3.
 // Minimum   Bytes for each pixel: mid1 and mid_next, 2 kMid each, residual and out, 8 kMid each.
 //           The halo is read 180 / 128 times; its overlap must be found in L2. Operations:
 //           34 kMid^2. With a projection 2 kProj bytes instead of the residual's, and 8 kMid kProj
@@ -45,13 +50,12 @@ namespace fused_resnet::device {
 struct ChainPixels {
   int image, row, column;  // of the tile's first pixel
 
-  template <class Tile>
   __device__ static __forceinline__ ChainPixels of(const ChainArgs& args, int tile) {
     const uint32_t strip = args.by_tiles_w.quotient(tile);
     const uint32_t image = args.by_tiles_h.quotient(strip);
     return {static_cast<int>(image),
-            static_cast<int>(args.by_tiles_h.remainder(strip, image)) * Tile::kTileH,
-            static_cast<int>(args.by_tiles_w.remainder(tile, strip)) * Tile::kTileW};
+            static_cast<int>(args.by_tiles_h.remainder(strip, image)) * args.tile_h,
+            static_cast<int>(args.by_tiles_w.remainder(tile, strip)) * args.tile_w};
   }
 };
 
@@ -135,27 +139,57 @@ class ChainStream {
   int step_ = 0;
 };
 
-// Starts the copies of a tile's halo, zeros where it lies outside of the image.
+// Which inputs a part of the halo holds: 64 channels from `plane` on, of the pixels at `row` and
+// `column` of every kStride x kStride.
+template <class Tile>
+struct ChainPart {
+  int plane, row, column;
+
+  __device__ static __forceinline__ ChainPart of(int part) {
+    constexpr int kStride = Tile::kStride;
+    return {part / (kStride * kStride), part / kStride % kStride, part % kStride};
+  }
+
+  __device__ static __forceinline__ char* buffer(char* halo, int part) {
+    return halo + part % Tile::kPartBuffers * Tile::kPartBytes;
+  }
+};
+
+// Starts the copies of one part of a tile's halo, zeros where it lies outside of the image.
 template <class T, class Tile>
-__device__ __forceinline__ void copy_halo(const ChainArgs& args, const ChainPixels& at,
-                                          char* halo) {
-  constexpr int kChunks = Tile::kMid * 2 / kVectorBytes;  // of one pixel
-  const T* const image =
-      static_cast<const T*>(args.mid1) + int64_t{at.image} * args.h * args.w * Tile::kMid;
+__device__ __forceinline__ void copy_part(const ChainArgs& args, const ChainPixels& at, char* halo,
+                                          int index) {
+  constexpr int kChunks = 128 / kVectorBytes;  // of one pixel
+  constexpr int kStride = Tile::kStride;
+  const auto part = ChainPart<Tile>::of(index);
+  char* const buffer = ChainPart<Tile>::buffer(halo, index);
+  const T* const image = static_cast<const T*>(args.mid1) +
+                         int64_t{at.image} * args.h * args.w * Tile::kMid + part.plane * 64;
+  const int pixels = args.part_h * args.part_w;
   // Unrolled, its addresses would be kept in registers through all else.
 #pragma unroll 1
-  for (int i = threadIdx.x; i < Tile::kHaloPixels * kChunks; i += Tile::kThreads) {
+  for (int i = threadIdx.x; i < pixels * kChunks; i += Tile::kThreads) {
     const int pixel = i / kChunks, chunk = i % kChunks;
-    const int at_w = pixel % Tile::kHaloW;
-    const int row = at.row * Tile::kStride + pixel / Tile::kHaloW - 1;
-    const int column =
-        at.column * Tile::kStride + at_w % Tile::kPhaseW * Tile::kStride + at_w / Tile::kPhaseW - 1;
+    const uint32_t y = args.by_part_w.quotient(pixel);
+    const uint32_t x = args.by_part_w.remainder(pixel, y);
+    // Behind the last window an even part has one row and column more than an odd one.
+    if (y + part.row >= args.part_h || x + part.column >= args.part_w) continue;
+    const int row = (at.row + static_cast<int>(y)) * kStride + part.row - 1;
+    const int column = (at.column + static_cast<int>(x)) * kStride + part.column - 1;
     const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(args.h) &&
                         static_cast<unsigned>(column) < static_cast<unsigned>(args.w);
     cp_async<kVectorBytes>(
-        halo + chunk / 8 * Tile::kPlaneBytes + SmemTile<128>::offset(pixel, chunk % 8),
+        buffer + SmemTile<128>::offset(pixel, chunk),
         image + (int64_t{row} * args.w + column) * Tile::kMid + chunk * kVectorElements<T>, inside);
   }
+}
+
+// Starts the copies of the first parts of a tile's halo, as many as there are buffers.
+template <class T, class Tile>
+__device__ __forceinline__ void copy_halo(const ChainArgs& args, int tile, char* halo) {
+  const auto at = ChainPixels::of(args, tile);
+#pragma unroll 1
+  for (int part = 0; part < Tile::kPartBuffers; ++part) copy_part<T, Tile>(args, at, halo, part);
 }
 
 // The right operand of one step of 32 bytes: 8 kTilesN rows of weights.
@@ -236,10 +270,15 @@ __device__ __forceinline__ void chain_block(const ChainArgs& args, char* shared)
   constexpr int kNextParts = kNext > 0 ? kNext / (8 * kNextTiles) : 1;
   // A small projection's input is loaded before the 3x3, a large one would not find registers.
   constexpr bool kEarlyInput = kProj <= 64;
+  // Whether parts of the halo take turns in the buffers: two, as the copies below are timed for.
+  constexpr bool kPartsMove = Tile::kPartBuffers < Tile::kParts;
   static_assert(sizeof(T) == 2);
   static_assert(Tile::kChunks % kUnroll == 0);
+  static_assert(!kPartsMove || (Tile::kPartBuffers == 2 && Tile::kStages == 3));
 
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  // Where the warp's pixels lie in the tile.
+  const int warp_row = warp * 16 / args.tile_w, warp_column = warp * 16 % args.tile_w;
   const int first_tile = blockIdx.x;
   const int step = gridDim.x;
   char* const halo = shared;
@@ -249,21 +288,27 @@ __device__ __forceinline__ void chain_block(const ChainArgs& args, char* shared)
   T* const out = static_cast<T*>(args.out);
   T* const mid_next = static_cast<T*>(args.mid_next);
 
-  copy_halo<T, Tile>(args, ChainPixels::of<Tile>(args, first_tile), halo);
+  copy_halo<T, Tile>(args, first_tile, halo);
   stream.start();
 
 #pragma unroll 1
   for (int tile = first_tile; tile < args.tiles; tile += step) {
-    // After this the next tile of weights has landed, and a halo copied a tile ago.
-    const auto advance = [&](bool halo_changes_hands) {
-      cp_async_wait<kPending>();
+    // After this the next tile of weights has landed, and what was copied of the halo two steps
+    // ago or, if the last copy is waited for too, one.
+    const auto advance = [&](bool halo_changes_hands, bool last_copy = false) {
+      if (last_copy) {
+        cp_async_wait<0>();
+      } else {
+        cp_async_wait<kPending>();
+      }
       // Resident weights have all arrived with the first tile.
       if (!Tile::kResident || tile == first_tile || halo_changes_hands) __syncthreads();
     };
 
     // The lane's two pixels, 8 columns apart, and 8 channels of each 32.
-    const auto at = ChainPixels::of<Tile>(args, tile);
-    const int row = at.row + warp, column = at.column + lane / 4, lane_channel = lane % 4 * 8;
+    const auto at = ChainPixels::of(args, tile);
+    const int row = at.row + warp_row, column = at.column + warp_column + lane / 4;
+    const int lane_channel = lane % 4 * 8;
     bool exists[2], kept[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -313,17 +358,23 @@ __device__ __forceinline__ void chain_block(const ChainArgs& args, char* shared)
       constexpr int kTilesN = kMid / 8;
       float sums[1][kTilesN][4] = {};
 #pragma unroll 1
-      for (int r = 0; r < 3; ++r) {
+      for (int index = 0; index < Tile::kParts; ++index) {
+        const auto part = ChainPart<Tile>::of(index);
+        const char* const pixels = ChainPart<Tile>::buffer(halo, index);
 #pragma unroll 1
-        for (int s = 0; s < 3; ++s) {
-          const int first_pixel = (warp * Tile::kStride + r) * Tile::kHaloW +
-                                  s % Tile::kStride * Tile::kPhaseW + s / Tile::kStride;
-#pragma unroll
-          for (int plane = 0; plane < Tile::kPlanes; ++plane) {
-            advance(r + s + plane == 0);
+        for (int r = part.row; r < 3; r += Tile::kStride) {
+#pragma unroll 1
+          for (int s = part.column; s < 3; s += Tile::kStride) {
+            const bool begins = r == part.row && s == part.column;
+            // The last part of a plane has one tap, during which the next part was copied.
+            advance(begins, kPartsMove && begins && part.row + part.column == 0);
+            if (kPartsMove && begins && index > 0 && index + 1 < Tile::kParts) {
+              copy_part<T, Tile>(args, at, halo, index + 1);
+            }
             stream.copy();
-            const char* const pixels = halo + plane * Tile::kPlaneBytes;
             const char* const weights = stream.take();
+            const int first_pixel =
+                (warp_row + r / Tile::kStride) * args.part_w + warp_column + s / Tile::kStride;
             typename Math::template Fragments<1, kTilesN> fragments[2];
             const auto load = [&](int k) {
               Math::load(
@@ -355,9 +406,7 @@ __device__ __forceinline__ void chain_block(const ChainArgs& args, char* shared)
 
     // The halo has been read for the last time: the next tile's may come.
     advance(true);
-    if (tile + step < args.tiles) {
-      copy_halo<T, Tile>(args, ChainPixels::of<Tile>(args, tile + step), halo);
-    }
+    if (tile + step < args.tiles) copy_halo<T, Tile>(args, tile + step, halo);
     if constexpr (!kEarlyInput) load_input();
     float next_sums[kNextParts][1][kNextTiles][4] = {};
 #pragma unroll 1

@@ -8,25 +8,34 @@
 
 namespace fused_resnet {
 
-// How a thread block of the chained bottleneck works: kTileH_ x 16 pixels, one row of 16 to a warp,
-// and the weights of all convolutions as a stream of tiles through kStages_ buffers. kMid_ channels
-// enter the 3x3, of stride kStride_, and leave it; 4 kMid_ leave the 1x1, kNext_ the next block's
-// 1x1, 0 where there is none. The shortcut is a projection of kProj_ channels, or an identity where
-// kProj_ is 0.
-template <int kMid_, int kNext_, int kProj_, int kStride_, int kTileH_, int kStages_>
+// How a thread block of the chained bottleneck works: kPixels pixels at a time, 16 of them to a
+// warp, and the weights of all convolutions as a stream of tiles through kStages_ buffers. kMid_
+// channels enter the 3x3, of stride kStride_, and leave it; 4 kMid_ leave the 1x1, kNext_ the next
+// block's 1x1, 0 where there is none. The shortcut is a projection of kProj_ channels, or an
+// identity where kProj_ is 0.
+template <int kMid_, int kNext_, int kProj_, int kStride_, int kStages_>
 struct ChainTile {
   static constexpr int kMid = kMid_, kOut = 4 * kMid_, kNext = kNext_, kProj = kProj_;
   static constexpr int kStride = kStride_, kStages = kStages_;
-  static constexpr int kTileH = kTileH_, kTileW = 16;
-  static constexpr int kThreads = 32 * kTileH;
-  // The inputs of the tile's 3x3, in planes of 64 channels: rows of 128 bytes. Columns that are
-  // kStride apart lie side by side, kPhaseW of them, so that a warp reads neighbours.
-  static constexpr int kHaloH = (kTileH - 1) * kStride + 3, kHaloW = (kTileW - 1) * kStride + 3;
-  static constexpr int kPhaseW = (kHaloW + kStride - 1) / kStride;
-  static constexpr int kHaloPixels = kHaloH * kHaloW;
+  // Laid out as 8 x 16, or as 4 x 32 where fewer tiles cover an image so.
+  static constexpr int kPixels = 128, kTileW = 16, kWideTileW = 32;
+  static constexpr int kThreads = 2 * kPixels;
+  // The halo, the inputs of the tile's 3x3, in parts of 64 channels: rows of 128 bytes. For stride
+  // 2 there is a part for the pixels of even row and column, and so on: those that a tap reads.
   static constexpr int kPlanes = kMid / 64;
-  static constexpr int kPlaneBytes = kHaloPixels * 128;
-  static constexpr int kHaloBytes = kPlanes * kPlaneBytes;
+  static constexpr int kParts = kPlanes * kStride * kStride;
+  // Of stride 2 parts take turns in two buffers.
+  static constexpr int kPartBuffers = kStride == 1 ? kParts : 2;
+  // Rows or columns of a part for so many of the tile.
+  static constexpr int part_side(int pixels) { return pixels + 2 / kStride; }
+  static constexpr int part_pixels(int width) {
+    return part_side(kPixels / width) * part_side(width);
+  }
+  static constexpr int kPartPixels = part_pixels(kTileW) > part_pixels(kWideTileW)
+                                         ? part_pixels(kTileW)
+                                         : part_pixels(kWideTileW);
+  static constexpr int kPartBytes = kPartPixels * 128;
+  static constexpr int kHaloBytes = kPartBuffers * kPartBytes;
   // The stream. A step brings two pieces. For each tap and plane these are a tile of weight2,
   // [kMid][64]; then for each chunk of 32 channels of the result there are tiles of weight_proj,
   // [kProj / 64][32][64], of weight3, [kPlanes][32][64], and of weight1, [kNext][32], none of which
@@ -76,8 +85,10 @@ struct ChainArgs {
   // Derived by `derive`.
   int32_t out_h, out_w;    // after the 3x3
   int32_t kept_h, kept_w;  // of out
-  int32_t tiles;           // of kTileH x kTileW pixels
-  Divisor by_tiles_w, by_tiles_h;
+  int32_t tile_h, tile_w;  // how kPixels lie
+  int32_t part_h, part_w;  // of the halo's parts, the largest one
+  int32_t tiles;
+  Divisor by_tiles_w, by_tiles_h, by_part_w;
 };
 
 // Whether a tile's kernel computes this problem.
@@ -93,25 +104,34 @@ void derive(ChainArgs& args) {
   args.out_w = (args.w - 1) / args.stride + 1;
   args.kept_h = (args.out_h + args.even) >> args.even;
   args.kept_w = (args.out_w + args.even) >> args.even;
-  const int down = (args.out_h + Tile::kTileH - 1) / Tile::kTileH;
-  const int across = (args.out_w + Tile::kTileW - 1) / Tile::kTileW;
-  args.tiles = args.n * down * across;
-  args.by_tiles_w = Divisor(across);
-  args.by_tiles_h = Divisor(down);
+  const auto down = [&](int tile_w) {
+    const int tile_h = Tile::kPixels / tile_w;
+    return (args.out_h + tile_h - 1) / tile_h;
+  };
+  const auto across = [&](int tile_w) { return (args.out_w + tile_w - 1) / tile_w; };
+  const auto tiles = [&](int tile_w) { return down(tile_w) * across(tile_w); };
+  // Of equal numbers the one of the smaller halo.
+  const bool wide = tiles(Tile::kWideTileW) < tiles(Tile::kTileW);
+  args.tile_w = wide ? Tile::kWideTileW : Tile::kTileW;
+  args.tile_h = Tile::kPixels / args.tile_w;
+  args.part_h = Tile::part_side(args.tile_h);
+  args.part_w = Tile::part_side(args.tile_w);
+  args.tiles = args.n * tiles(args.tile_w);
+  args.by_tiles_w = Divisor(across(args.tile_w));
+  args.by_tiles_h = Divisor(down(args.tile_w));
+  args.by_part_w = Divisor(args.part_w);
 }
 
 template <class... Tiles>
 struct ChainTileList {};
 
 // Every configuration; of several that serve a problem the first whose shared memory there is.
-// Resident weights of 64 channels want 159 KiB, or 223 with another 1x1: sm_90 and sm_100 have
+// Resident weights of 64 channels want 162 KiB, or 226 with another 1x1: sm_90 and sm_100 have
 // both, sm_80 the first; 99 KiB must do elsewhere.
 using ChainTiles = ChainTileList<
-    ChainTile<64, 64, 0, 1, 8, 17>, ChainTile<64, 64, 0, 1, 8, 4>, ChainTile<64, 0, 0, 1, 8, 17>,
-    ChainTile<64, 0, 0, 1, 8, 4>, ChainTile<64, 128, 0, 1, 8, 25>, ChainTile<64, 128, 0, 1, 8, 4>,
-    ChainTile<64, 64, 64, 1, 8, 25>, ChainTile<64, 64, 64, 1, 8, 4>,
-    ChainTile<128, 128, 0, 1, 8, 3>, ChainTile<128, 0, 0, 1, 8, 3>, ChainTile<128, 256, 0, 1, 8, 3>,
-    // Stride 2 has a halo of 17 x 33 pixels, 140 KiB, or of 9 x 33.
-    ChainTile<128, 128, 256, 2, 8, 3>, ChainTile<128, 128, 256, 2, 4, 3>>;
+    ChainTile<64, 64, 0, 1, 17>, ChainTile<64, 64, 0, 1, 4>, ChainTile<64, 0, 0, 1, 17>,
+    ChainTile<64, 0, 0, 1, 4>, ChainTile<64, 128, 0, 1, 25>, ChainTile<64, 128, 0, 1, 4>,
+    ChainTile<64, 64, 64, 1, 25>, ChainTile<64, 64, 64, 1, 4>, ChainTile<128, 128, 0, 1, 3>,
+    ChainTile<128, 0, 0, 1, 3>, ChainTile<128, 256, 0, 1, 3>, ChainTile<128, 128, 256, 2, 3>>;
 
 }  // namespace fused_resnet

@@ -6,6 +6,9 @@ memory: rows in the kernel's order of channels, 16-byte chunks swizzled against 
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,12 +47,20 @@ def _swizzled(tiles: Tensor) -> Tensor:
     return pieces.gather(-2, index).flatten(-2)
 
 
-def pack_taps(weight: Tensor) -> Tensor:
-    """The weight [M, M, 3, 3] of the 3x3, M a multiple of 64, by tap and plane: [9 M M]."""
+def pack_taps(weight: Tensor, stride: int = 1) -> Tensor:
+    """The weight [M, M, 3, 3] of the 3x3, M a multiple of 64, by plane and tap: [9 M M].
+
+    Taps that read pixels of the same phase under the stride follow each other.
+    """
     m = weight.shape[0]
     order = channel_order(m).to(weight.device)
-    taps = weight[order].permute(2, 3, 0, 1).reshape(9, m, m // _PLANE, _PLANE)
-    return _swizzled(taps.transpose(1, 2)).flatten()
+    phases = itertools.product(range(stride), repeat=2)
+    taps = [
+        (r, s) for row, column in phases for r in range(row, 3, stride)
+        for s in range(column, 3, stride)
+    ]  # fmt: skip
+    by_tap = torch.stack([weight[order, :, r, s] for r, s in taps])  # [9, M, M]
+    return _swizzled(by_tap.view(9, m, -1, _PLANE).permute(2, 0, 1, 3)).flatten()
 
 
 def pack_pointwise(weight: Tensor) -> Tensor:
@@ -71,10 +82,18 @@ def pack_reduce(weight: Tensor) -> Tensor:
 
 
 #: How a weight is packed, by its place in the kernel.
-PACK = {"taps": pack_taps, "pointwise": pack_pointwise, "reduce": pack_reduce}
+PACK: dict[str, Callable[[Tensor], Tensor]] = {
+    "taps": pack_taps,
+    "strided taps": functools.partial(pack_taps, stride=2),
+    "pointwise": pack_pointwise,
+    "reduce": pack_reduce,
+}
 
-#: The layouts of the 3x3, the 1x1, the projection and the next 1x1.
-_LAYOUTS = ("taps", "pointwise", "pointwise", "reduce")
+
+def layouts(problem: ChainProblem) -> tuple[str, ...]:
+    """How the weights of the 3x3, the 1x1, the projection and the next 1x1 are packed."""
+    taps = "taps" if problem.stride == 1 else "strided taps"
+    return (taps, "pointwise", "pointwise", "reduce")
 
 
 def _aligned(vector: Tensor) -> Tensor:
@@ -85,14 +104,14 @@ def _aligned(vector: Tensor) -> Tensor:
 #: The blocks that there are kernels for: channels of the 3x3, of the next 1x1 and of the projection
 #: and stride; and the bytes of shared memory that they need at least. See ``chain_args.h``.
 _SHARED_BYTES = {
-    (64, 64, 0, 1): 55808,
-    (64, 0, 0, 1): 55808,
-    (64, 128, 0, 1): 55808,
-    (64, 64, 64, 1): 55808,
-    (128, 128, 0, 1): 95232,
-    (128, 0, 0, 1): 95232,
-    (128, 256, 0, 1): 95232,
-    (128, 128, 256, 2): 125184,
+    (64, 64, 0, 1): 58880,
+    (64, 0, 0, 1): 58880,
+    (64, 128, 0, 1): 58880,
+    (64, 64, 64, 1): 58880,
+    (128, 128, 0, 1): 101376,
+    (128, 0, 0, 1): 101376,
+    (128, 256, 0, 1): 101376,
+    (128, 128, 256, 2): 91392,
 }
 
 
@@ -127,18 +146,16 @@ class CudaChain(PackedChainKernel):
         available = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
         if needed > available:
             return f"needs {needed} bytes of shared memory, this GPU has {available}"
-        if p.next == 256 and getattr(properties, "major", 0) >= 12:
-            return "the kernel for 128 channels and 256 next spills registers on sm_120"
         if p.n * p.h * p.w >= 2**30:
             return "the tensors are too large for 32-bit indices"
         return None
 
     def layouts(self, problem: ChainProblem, device: torch.device) -> tuple[str, ...]:
         """See `PackedChainKernel`."""
-        return _LAYOUTS
+        return layouts(problem)
 
     def pack_key(self, problem: str) -> str:
-        """Which of the three weights it is."""
+        """The layout itself."""
         return problem
 
     def prepare(
@@ -151,7 +168,7 @@ class CudaChain(PackedChainKernel):
         """See `Kernel`."""
         mid, residual, *convs = args
         packed: list[Tensor | None] = []
-        for i, layout in enumerate(_LAYOUTS):
+        for i, layout in enumerate(layouts(problem)):
             weight, scale, shift = convs[3 * i : 3 * i + 3]
             absent = weight is None
             packed += (None,) * 3 if absent else self.packed(layout, weight, scale, shift)

@@ -82,19 +82,33 @@ def test_a_last_block(store):
     check(problem_of(following=0, store=store, n=2, h=11, w=13, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("h", "w"), [(14, 14), (13, 11)])
 @pytest.mark.parametrize("step", [1, 2])
-def test_first_blocks_with_the_projection_inside(h, w, step):
-    check(problem_of(64, 1, 7, 6, proj=64))
-    check(problem_of(128, 1, h, w, proj=256, stride=2, step=step))
+def test_strided_blocks_with_the_projection_inside(h, w, step, dtype):
+    check(problem_of(128, 1, h, w, proj=256, stride=2, step=step, dtype=dtype))
 
 
-def test_stage_transitions():
-    check(problem_of(64, 1, 9, 10, following=128, store="even"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_first_block_of_a_network(dtype):
+    check(problem_of(64, 1, 7, 6, proj=64, dtype=dtype))
 
 
-def test_wide_networks():
-    check(problem_of(128, 1, k=256, proj=64))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_blocks_with_the_projection_outside(dtype):
+    check(problem_of(128, 1, 9, 7, stride=2, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stage_transitions(dtype):
+    check(problem_of(64, 1, 9, 10, following=128, store="even", dtype=dtype))
+    # A stage of one block.
+    check(problem_of(64, 1, 5, 6, following=128, proj=64, store="even", dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_networks(dtype):
+    check(problem_of(128, 1, k=256, proj=64, dtype=dtype))
 
 
 def test_extents_of_one():

@@ -7,20 +7,19 @@
 using namespace fused_resnet;
 using namespace fused_resnet::device;
 
-#define CHAINS(X)                                              \
-  X("64,resident,next", ChainTile<64, 64, 0, 1, 8, 17>)        \
-  X("64,streamed,next", ChainTile<64, 64, 0, 1, 8, 4>)         \
-  X("64,resident,last", ChainTile<64, 0, 0, 1, 8, 17>)         \
-  X("64,streamed,last", ChainTile<64, 0, 0, 1, 8, 4>)          \
-  X("64,resident,wider", ChainTile<64, 128, 0, 1, 8, 25>)      \
-  X("64,streamed,wider", ChainTile<64, 128, 0, 1, 8, 4>)       \
-  X("64,resident,projected", ChainTile<64, 64, 64, 1, 8, 25>)  \
-  X("64,streamed,projected", ChainTile<64, 64, 64, 1, 8, 4>)   \
-  X("128,streamed,next", ChainTile<128, 128, 0, 1, 8, 3>)      \
-  X("128,streamed,last", ChainTile<128, 0, 0, 1, 8, 3>)        \
-  X("128,streamed,wider", ChainTile<128, 256, 0, 1, 8, 3>)     \
-  X("128,streamed,strided", ChainTile<128, 128, 256, 2, 8, 3>) \
-  X("128,short,strided", ChainTile<128, 128, 256, 2, 4, 3>)
+#define CHAINS(X)                                          \
+  X("64,resident,next", ChainTile<64, 64, 0, 1, 17>)       \
+  X("64,streamed,next", ChainTile<64, 64, 0, 1, 4>)        \
+  X("64,resident,last", ChainTile<64, 0, 0, 1, 17>)        \
+  X("64,streamed,last", ChainTile<64, 0, 0, 1, 4>)         \
+  X("64,resident,wider", ChainTile<64, 128, 0, 1, 25>)     \
+  X("64,streamed,wider", ChainTile<64, 128, 0, 1, 4>)      \
+  X("64,resident,projected", ChainTile<64, 64, 64, 1, 25>) \
+  X("64,streamed,projected", ChainTile<64, 64, 64, 1, 4>)  \
+  X("128,streamed,next", ChainTile<128, 128, 0, 1, 3>)     \
+  X("128,streamed,last", ChainTile<128, 0, 0, 1, 3>)       \
+  X("128,streamed,wider", ChainTile<128, 256, 0, 1, 3>)    \
+  X("128,streamed,strided", ChainTile<128, 128, 256, 2, 3>)
 
 #define REGISTER_CHAIN(name, ...)                              \
   EMULATOR_KERNEL("bottleneck_chain<float16," name ">",        \
