@@ -9,6 +9,7 @@ own weights and one further pass applies scale, shift, residual and ReLU in fp32
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -124,7 +125,7 @@ class FoldedAtenConv(PackedKernel):
 
     backend, op, name = "library", "conv_affine_act", "aten_folded"
 
-    def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
+    def supports(self, problem: Convolution, device: torch.device) -> str | None:
         """CPU, fp32."""
         if device.type != "cpu":
             return f"meant for small inputs on the CPU, not for {device.type}"
@@ -147,12 +148,12 @@ class FoldedAtenConv(PackedKernel):
             return p.k * terms <= 65536 or terms >= 512
         return p.is_gemm and p.n * p.h * p.w <= 64 and torch.get_num_threads() == 1
 
-    def prepare(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
+    def prepare(self, problem: Convolution, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
         """Folded weights, dense in channels_last order."""
         folded = fold_scale(weight.detach(), scale)
         return Packed(folded.contiguous(memory_format=torch.channels_last), shift.detach())
 
-    def run(self, problem: ConvProblem, *args: Any) -> Tensor:
+    def run(self, problem: Convolution, *args: Any) -> Tensor:
         """See `Kernel`."""
         x, weight, scale, shift, residual = args
         packed = self.packed(problem, weight, scale, shift)
@@ -165,6 +166,41 @@ class FoldedAtenConv(PackedKernel):
             problem.dilation,
             problem.groups,
         )
+        return finish(y, residual, problem.epilogue)
+
+
+class FoldedAtenConv3d(FoldedAtenConv):
+    """As `FoldedAtenConv`, for videos; ATen multiplies matrices where it leaves oneDNN aside."""
+
+    op = "conv3d_affine_act"
+
+    def promising(self, problem: Convolution, device: torch.device) -> bool:
+        """Where ATen leaves oneDNN aside by itself, and sums are long: for one small video.
+
+        oneDNN would be quicker there, but up to 5 times as far from float64 (measured, 512
+        channels, 3x3x3), more than the rule of ``fused_resnet.numerics`` allows.
+        """
+        p = problem
+        # What ATen asks of the tensors are their shapes: no memory is taken for them.
+        x, weight = (
+            torch.empty((), dtype=p.dtype, device="cpu").expand(shape)
+            for shape in (p.in_shape, p.weight_shape)
+        )
+        window = (p.stride, p.padding, p.dilation, False, (0, 0, 0), p.groups)
+        chosen = torch._C._select_conv_backend(x, weight, None, *window, None)
+        onednn = torch._C._ConvBackend.Mkldnn  # type: ignore[attr-defined]
+        return bool(chosen != onednn and math.prod(p.weight_shape[1:]) >= 512)
+
+    def prepare(self, problem: Convolution, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
+        """Folded weights, contiguous."""
+        return Packed(fold_scale(weight.detach(), scale).contiguous(), shift.detach())
+
+    def run(self, problem: Convolution, *args: Any) -> Tensor:
+        """See `Kernel`."""
+        x, weight, scale, shift, residual = args
+        packed = self.packed(problem, weight, scale, shift)
+        window = (problem.stride, problem.padding, problem.dilation, problem.groups)
+        y = torch.conv3d(x, packed.weight, packed.bias, *window)
         return finish(y, residual, problem.epilogue)
 
 
@@ -212,6 +248,7 @@ class CudnnConv3d(CudnnConv):
 
 KERNELS: tuple[Kernel, ...] = (
     FoldedAtenConv(),
+    FoldedAtenConv3d(),
     OneDnnConv(),
     OneDnnConv3d(),
     OneDnnStem(),
