@@ -35,26 +35,25 @@ _add_relu_op = torch.ops.fused_resnet.add_relu.default
 _add_relu_inplace_op = torch.ops.fused_resnet.add_relu_.default
 
 
-def _pair(name: str, value: Any) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int | torch.SymInt) else value
+def _extents(name: str, value: Any, what: str) -> tuple[int, ...]:
+    """The value for each dimension of space, of which ``what`` tells: "a pair (height, width)"."""
+    space = what.count(",") + 1
+    extents = (value,) * space if isinstance(value, int | torch.SymInt) else value
     if (
-        not isinstance(pair, Sequence)
-        or len(pair) != 2
-        or not all(isinstance(v, int | torch.SymInt) for v in pair)
+        not isinstance(extents, Sequence)
+        or len(extents) != space
+        or not all(isinstance(v, int | torch.SymInt) for v in extents)
     ):
-        raise ValueError(f"{name} must be an int or a pair (height, width), got {value!r}")
-    return cast(tuple[int, int], tuple(pair))
+        raise ValueError(f"{name} must be an int or {what}, got {value!r}")
+    return tuple(extents)
 
 
-def _triple(name: str, value: Any) -> tuple[int, int, int]:
-    triple = (value,) * 3 if isinstance(value, int | torch.SymInt) else value
-    if (
-        not isinstance(triple, Sequence)
-        or len(triple) != 3
-        or not all(isinstance(v, int | torch.SymInt) for v in triple)
-    ):
-        raise ValueError(f"{name} must be an int or (depth, height, width), got {value!r}")
-    return cast(tuple[int, int, int], tuple(triple))
+def _pair(name: str, value: Any) -> tuple[int, ...]:
+    return _extents(name, value, "a pair (height, width)")
+
+
+def _triple(name: str, value: Any) -> tuple[int, ...]:
+    return _extents(name, value, "a triple (depth, height, width)")
 
 
 def _same_padding(kernel: int, dilation: int) -> tuple[int, int]:

@@ -376,7 +376,7 @@ def test_the_function() -> None:
         z = z * scale.view(affine) + shift.view(affine)
         found = functional.conv3d_affine_act(x, weight, scale, shift, **options, epilogue="none")
         torch.testing.assert_close(found, z)
-    with pytest.raises(ValueError, match=r"stride must be an int or \(depth, height, width\)"):
+    with pytest.raises(ValueError, match=r"stride must be an int or a triple \(depth, height"):
         functional.conv3d_affine_act(x, weight, scale, shift, stride=(1, 2))
     with pytest.raises(ValueError, match="padding 'same' needs stride 1"):
         functional.conv3d_affine_act(x, weight, scale, shift, stride=2, padding="same")
@@ -554,6 +554,7 @@ def test_compile_and_export(tmp_path: Path) -> None:
                 assert_right(run(x), model, x)
 
 
+@pytest.mark.slow
 def test_onnx_runtime_gives_the_same(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -603,3 +604,12 @@ def test_sums_of_videos_that_lie_differently() -> None:
     plan = fused_resnet.optimize(model, X)
     for x in (X, channels_last(X)):
         assert_right(plan(x), model, x)
+
+
+def test_videos_are_not_chained() -> None:
+    bottleneck = nn.Sequential(
+        *(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.ReLU()),
+        *(nn.Conv3d(4, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU()),
+        *(nn.Conv3d(4, 8, 1), nn.BatchNorm3d(8)),
+    ).eval()
+    assert fused_resnet.find_chains(fused_resnet.fuse(bottleneck)) == []
