@@ -492,6 +492,10 @@ def test_pooling_of_images_behind_a_video_convolution() -> None:
     # MaxPool2d takes the video without a batch dimension that Conv3d returns.
     model = nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
     assert sites(check_fused(model, X[0])) == ["conv relu"]
+    conv, relu, pool = model.float()
+    with torch.no_grad():
+        found = functional.conv_bn_act_maxpool(X[0], conv, None, relu, pool)
+        torch.testing.assert_close(found, pool(relu(conv(X[0]))))
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
