@@ -376,7 +376,8 @@ class _Search:
         if site.add is not None:
             residual = 0 if site.residual is site.add.args[0] else 1
         module = self.modules[str(conv.target)]
-        assert isinstance(module, nn.Conv2d)
+        if not isinstance(module, nn.Conv2d):
+            return None
         path = None if norm is None else str(norm.target)
         return _Layer(
             path=str(conv.target),

@@ -35,7 +35,12 @@ from fused_resnet.numerics import (
     stock_conv,
 )
 from fused_resnet.op_watcher import Operands, OpWatcher
-from fused_resnet.problem import AddReluProblem, ChainProblem, ConvProblem
+from fused_resnet.problem import (
+    AddReluProblem,
+    ChainProblem,
+    Convolution,
+    channels_last_format,
+)
 
 #: One call's arguments, or several calls'.
 Inputs = Tensor | tuple[Any, ...] | Sequence[Tensor | tuple[Any, ...]]
@@ -400,7 +405,7 @@ def _check_op(
     problem = choice.problem
     exact: tuple[Tensor, ...]
     stock: tuple[Tensor, ...]
-    if isinstance(problem, ConvProblem):
+    if isinstance(problem, Convolution):
         x, weight, *rest = operands
         assert x is not None
         assert weight is not None
@@ -409,7 +414,7 @@ def _check_op(
         # Stock torch in the op's own layout. With few pixels and many channels it is up to 5 times
         # as far off there as in NCHW, so that it would fail itself if the smaller error counted;
         # the larger of both would let through more than the rule means.
-        last = [t.contiguous(memory_format=torch.channels_last) for t in (x, weight)]
+        last = [t.contiguous(memory_format=channels_last_format(t)) for t in (x, weight)]
         stock = (stock_conv(problem, last[0], last[1], *vectors),)
     elif isinstance(problem, ChainProblem):
         exact, stock = reference_chain(problem, *operands), stock_chain(problem, *operands)
@@ -547,19 +552,19 @@ def _join(pieces: list[Tensor]) -> Tensor:
 
 def _in_both_layouts(reference: nn.Module, calls: Sequence[tuple[Any, ...]]) -> list[Outputs]:
     """What stock torch returns as it is called, and in the other memory layout."""
-    images = [t for args in calls for t in args if isinstance(t, Tensor) and t.dim() == 4]
-    last = bool(images) and images[0].is_contiguous(memory_format=torch.channels_last)
-    layout = torch.contiguous_format if last else torch.channels_last
+    images = [t for args in calls for t in args if isinstance(t, Tensor) and t.dim() in (4, 5)]
+    last = bool(images) and images[0].is_contiguous(memory_format=channels_last_format(images[0]))
 
     def convert(leaf: Any) -> Any:
-        is_image = isinstance(leaf, Tensor) and leaf.dim() == 4
-        return leaf.contiguous(memory_format=layout) if is_image else leaf
+        if not isinstance(leaf, Tensor) or leaf.dim() not in (4, 5):
+            return leaf
+        layout = torch.contiguous_format if last else channels_last_format(leaf)
+        return leaf.contiguous(memory_format=layout)
 
     other = copy.deepcopy(reference)
     for parameter in other.parameters():
-        # Not Module.to, which refuses the weights of 3-d convolutions.
-        if parameter.dim() == 4:
-            parameter.data = parameter.contiguous(memory_format=layout)
+        # Not Module.to, which knows either images or videos.
+        parameter.data = convert(parameter.data)
     return [outputs_of(reference, list(calls)), outputs_of(other, list(tree_map(convert, calls)))]
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet import ops as _ops  # noqa: F401  registers torch.ops.fused_resnet
-from fused_resnet.numerics import apply_epilogue
+from fused_resnet import conv3d_op as _conv3d_op  # noqa: F401  registers it and the other ops
+from fused_resnet.numerics import apply_epilogue, per_channel
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -33,6 +33,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     ops = torch.ops.fused_resnet
     return {
         ops.conv_affine_act.default: _conv_affine_act,
+        ops.conv3d_affine_act.default: _conv_affine_act,
         ops.conv_affine_relu_maxpool.default: _conv_affine_relu_maxpool,
         ops.add_relu.default: _add_relu,
     }
@@ -50,9 +51,10 @@ def _conv_affine_act(
     groups: int,
     epilogue: str,
 ) -> Tensor:
-    y = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+    conv: Callable[..., Tensor] = torch.conv3d if x.dim() == 5 else torch.conv2d
+    y = conv(x, weight, None, stride, padding, dilation, groups)
     # In the dtype of scale: it is not rounded to half precision.
-    z = y.to(scale.dtype) * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    z = y.to(scale.dtype) * per_channel(scale, y) + per_channel(shift, y)
     return apply_epilogue(z, residual, epilogue).to(x.dtype)
 
 

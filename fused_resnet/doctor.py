@@ -16,7 +16,14 @@ from fused_resnet import _build, backends, tuned_table
 from fused_resnet.backends import cudnn_graph
 from fused_resnet.console import megabytes, plain, table
 from fused_resnet.machine import Machine, machine, package_version, versions
-from fused_resnet.problem import AddReluProblem, ChainProblem, ConvProblem, MaxPool, Problem
+from fused_resnet.problem import (
+    AddReluProblem,
+    ChainProblem,
+    Conv3dProblem,
+    ConvProblem,
+    MaxPool,
+    Problem,
+)
 
 Status = Literal["ok", "note", "broken"]
 
@@ -241,6 +248,12 @@ def _problems(op: str, dtype: torch.dtype) -> list[Problem]:
         return [AddReluProblem((8, 64, 56, 56), dtype, False, True)]
     if op == "bottleneck_chain":
         return [ChainProblem(8, 64, 56, 56, 256, 64, 0, 1, 1, "all", dtype)]
+    if op == "conv3d_affine_act":
+        window = (3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1)
+        return [
+            Conv3dProblem(2, 64, (8, 28, 28), 64, *window, 1, epilogue, dtype)
+            for epilogue in ("relu", "add_relu")
+        ]
     if op == "conv_affine_relu_maxpool":
         pool = MaxPool((3, 3), (2, 2), (1, 1))
         return [

@@ -31,12 +31,20 @@ _FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
 _NORM_ACTS = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
 
 
+#: Norms of torch that fold, by the number of dimensions they take (the last: any).
+_BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+#: Convolutions that are fused, where they are plain.
+Conv = nn.Conv2d | nn.Conv3d
+
+
 def is_plain_conv(module: object) -> bool:
-    """Whether ``module`` computes what ``nn.Conv2d`` computes, from parameters of its own."""
+    """Whether ``module`` does what stock ``nn.Conv2d`` or ``nn.Conv3d`` does, by its own weight."""
+    stock = nn.Conv3d if isinstance(module, nn.Conv3d) else nn.Conv2d
     return (
-        isinstance(module, nn.Conv2d)
-        and type(module).forward is nn.Conv2d.forward
-        and type(module)._conv_forward is nn.Conv2d._conv_forward
+        isinstance(module, stock)
+        and type(module).forward is stock.forward
+        and type(module)._conv_forward is stock._conv_forward
         and "forward" not in vars(module)
         # A parametrized weight may change at every access, as that of spectral_norm does.
         and not parametrize.is_parametrized(module)
@@ -73,22 +81,22 @@ def activations_of(norm: nn.Module | None) -> tuple[nn.Module, ...]:
 def why_not_foldable(bn: nn.Module | None) -> str | None:
     """None if ``bn`` is a per-channel affine map in eval mode, else the reason why it is not.
 
-    Known are ``nn.BatchNorm2d`` and ``nn.SyncBatchNorm`` (with running statistics),
-    ``FrozenBatchNorm2d`` of torchvision and of detectron2, and timm's variants of these that end
-    in an activation (see `activations_of`); None stands for no batch norm at all.
+    Known are ``nn.BatchNorm2d``, ``nn.BatchNorm3d`` and ``nn.SyncBatchNorm`` (with running
+    statistics), ``FrozenBatchNorm2d`` of torchvision and of detectron2, and timm's variants of
+    these that end in an activation (see `activations_of`); None stands for no batch norm at all.
     """
     if bn is None:
         return None
     name = type(bn).__name__
-    if isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm):
-        plain = nn.BatchNorm2d if isinstance(bn, nn.BatchNorm2d) else nn.SyncBatchNorm
+    plain = next((c for c in _BATCH_NORMS if isinstance(bn, c)), None)
+    if plain is not None:
         if type(bn).forward is not plain.forward and not _is_norm_act(bn):
             return f"{name} overrides the forward of {plain.__name__}"
         if "forward" in vars(bn):
             return f"the forward of this {name} was replaced"
         if parametrize.is_parametrized(bn):
             return f"{name} is parametrized"
-        if bn.running_mean is None or bn.running_var is None:
+        if getattr(bn, "running_mean", None) is None or getattr(bn, "running_var", None) is None:
             return (
                 f"{name} keeps no running statistics, so it normalises by the batch's in eval too"
             )
@@ -100,9 +108,20 @@ def why_not_foldable(bn: nn.Module | None) -> str | None:
             if not hasattr(bn, a)
         ]
         return f"{name} lacks {', '.join(missing)}" if missing else None
-    if isinstance(bn, nn.BatchNorm3d):
-        return f"{name} stands behind 3-d convolutions, which are not fused"
     return f"{name} is not a batch norm that folds into a scale and a shift"
+
+
+def why_not_behind(conv: nn.Module | None, bn: nn.Module | None) -> str | None:
+    """None if ``bn`` folds into ``conv`` in front of it, else the reason why it does not.
+
+    Beside what `why_not_foldable` knows, a norm must take as many dimensions as ``conv`` returns.
+    """
+    reason = why_not_foldable(bn)
+    if reason is None and not isinstance(bn, nn.SyncBatchNorm | None):
+        for_videos = isinstance(bn, nn.BatchNorm3d)
+        if for_videos != isinstance(conv, nn.Conv3d):
+            return f"{type(bn).__name__} does not take what {type(conv).__name__} returns"
+    return reason
 
 
 def uses_batch_statistics(bn: nn.Module | None) -> bool:
@@ -241,13 +260,13 @@ def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 register_optimizer_step_post_hook(_count_step)
 
 
-def weight_of(conv: nn.Conv2d) -> Tensor:
+def weight_of(conv: Conv) -> Tensor:
     """``conv.weight``, quicker: attribute access through nn.Module costs several times more."""
     weight = conv._parameters.get("weight")
     return conv.weight if weight is None else weight  # None: a parametrization computes it
 
 
-def affine_of(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
+def affine_of(conv: Conv, bn: nn.Module | None) -> tuple[Tensor, Tensor]:
     """(scale, shift) that stand for the bias of ``conv`` and for ``bn`` in eval mode, cached.
 
     Args:
@@ -339,7 +358,7 @@ def recipes(model: nn.Module) -> dict[int, Recipe]:
     found: dict[int, Recipe] = {}
     for conv in model.modules():
         for ident, entry in _cache.get(conv, {}).items():
-            if not isinstance(conv, nn.Conv2d) or ident not in modules:
+            if not isinstance(conv, Conv) or ident not in modules:
                 continue
             *tensors, eps = _sources(conv, modules[ident])
             tensors = [conv.weight, *tensors]
@@ -356,7 +375,7 @@ def recipes(model: nn.Module) -> dict[int, Recipe]:
 _Sources = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
 
 
-def _sources(conv: nn.Conv2d, bn: nn.Module | None) -> _Sources:
+def _sources(conv: Conv, bn: nn.Module | None) -> _Sources:
     """What the two vectors are computed from: bias, gamma, beta, mean, var, eps."""
     # Dictionaries first, as in `weight_of`.
     parameters = conv._parameters

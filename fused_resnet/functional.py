@@ -1,9 +1,9 @@
 """Functions behind the modules: each validates its arguments and calls one registered op.
 
-`conv_affine_act`, `conv_affine_relu_maxpool` and `add_relu` take tensors. `conv_bn_act` and
-`conv_bn_act_maxpool` take stock modules, so that parameters, hooks and train mode stay those of the
-modules: where a batch norm uses batch statistics, or a module is not what these functions know,
-    the stock modules run, one after another, exactly as without fusion.
+`conv_affine_act`, `conv3d_affine_act`, `conv_affine_relu_maxpool` and `add_relu` take tensors.
+`conv_bn_act` and `conv_bn_act_maxpool` take stock modules, so that parameters, hooks and train mode
+stay those of the modules: where a batch norm uses batch statistics, or a module is not what these
+functions know, the stock modules run, one after another, exactly as without fusion.
 """
 
 from __future__ import annotations
@@ -17,30 +17,43 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 from fused_resnet import chain_op as _chain_op  # noqa: F401  (registers the op)
+from fused_resnet import conv3d_op as _conv3d_op  # noqa: F401  (registers the op)
 from fused_resnet import fold, hooks, recall
 from fused_resnet import ops as _ops
 from fused_resnet.decompositions import decompositions
 
 Size2 = int | tuple[int, int]
+Size3 = int | tuple[int, int, int]
 #: Weight, scale and shift of a convolution.
 ConvAffine = tuple[Tensor, Tensor, Tensor]
 
 _conv_op = torch.ops.fused_resnet.conv_affine_act.default
+_conv3d_op_overload = torch.ops.fused_resnet.conv3d_affine_act.default
 _stem_op = torch.ops.fused_resnet.conv_affine_relu_maxpool.default
 _chain_op_overload = torch.ops.fused_resnet.bottleneck_chain.default
 _add_relu_op = torch.ops.fused_resnet.add_relu.default
 _add_relu_inplace_op = torch.ops.fused_resnet.add_relu_.default
 
 
-def _pair(name: str, value: Any) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int | torch.SymInt) else value
+def _extents(name: str, value: Any, what: str) -> tuple[int, ...]:
+    """The value for each dimension of space, of which ``what`` tells: "a pair (height, width)"."""
+    space = what.count(",") + 1
+    extents = (value,) * space if isinstance(value, int | torch.SymInt) else value
     if (
-        not isinstance(pair, Sequence)
-        or len(pair) != 2
-        or not all(isinstance(v, int | torch.SymInt) for v in pair)
+        not isinstance(extents, Sequence)
+        or len(extents) != space
+        or not all(isinstance(v, int | torch.SymInt) for v in extents)
     ):
-        raise ValueError(f"{name} must be an int or a pair (height, width), got {value!r}")
-    return cast(tuple[int, int], tuple(pair))
+        raise ValueError(f"{name} must be an int or {what}, got {value!r}")
+    return tuple(extents)
+
+
+def _pair(name: str, value: Any) -> tuple[int, ...]:
+    return _extents(name, value, "a pair (height, width)")
+
+
+def _triple(name: str, value: Any) -> tuple[int, ...]:
+    return _extents(name, value, "a triple (depth, height, width)")
 
 
 def _same_padding(kernel: int, dilation: int) -> tuple[int, int]:
@@ -94,38 +107,89 @@ def conv_affine_act(
         >>> conv_affine_act(x, w, scale, shift, padding=1).shape
         torch.Size([1, 8, 32, 32])
     """
-    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    steps, spacing = _pair("stride", stride), _pair("dilation", dilation)
     if isinstance(padding, str):
-        if padding == "valid" or x.dim() != 4 or weight.dim() != 4:
-            padding = (0, 0)  # the op names what is wrong with a rank
-        elif padding == "same":
-            if stride != (1, 1):
-                raise ValueError(f"padding 'same' needs stride 1, got {stride}")
-            (top, bottom), (left, right) = (
-                _same_padding(weight.shape[2 + i], dilation[i]) for i in (0, 1)
-            )
-            if (top, left) == (bottom, right):
-                padding = (top, left)
-            else:
-                x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
-        else:
-            raise ValueError(f"padding must be a size, 'same' or 'valid', got {padding!r}")
-    return cast(
-        Tensor,
-        _call(
-            _conv_op,
-            x,
-            weight,
-            scale,
-            shift,
-            residual,
-            stride,
-            _pair("padding", padding),
-            dilation,
-            groups,
-            epilogue,
-        ),
-    )
+        x, zeros = _named_padding(padding, x, weight, steps, spacing)
+    else:
+        zeros = _pair("padding", padding)
+    arguments = (x, weight, scale, shift, residual, steps, zeros, spacing, groups, epilogue)
+    return cast(Tensor, _call(_conv_op, *arguments))
+
+
+def _named_padding(
+    name: str, x: Tensor, weight: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The input and the zeros on each side that the padding "same" or "valid" comes to."""
+    space = len(stride)
+    if name == "valid" or x.dim() != space + 2 or weight.dim() != space + 2:
+        return x, (0,) * space  # the op names what is wrong with a rank
+    if name != "same":
+        raise ValueError(f"padding must be a size, 'same' or 'valid', got {name!r}")
+    if set(stride) != {1}:
+        raise ValueError(f"padding 'same' needs stride 1, got {stride}")
+    return _padded_alike(x, weight.shape[2:], dilation)
+
+
+def _padded_alike(
+    x: Tensor, kernel: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The input and the zeros on each side that keep its extents; uneven ones it gets at once."""
+    before, behind = zip(*map(_same_padding, kernel, dilation), strict=True)
+    if before == behind:
+        return x, before
+    # F.pad takes both sides of the last dimension first.
+    sides = [side for pair in zip(before[::-1], behind[::-1], strict=True) for side in pair]
+    return F.pad(x, sides), (0,) * len(before)
+
+
+def conv3d_affine_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    *,
+    stride: Size3 = 1,
+    padding: Size3 | str = 0,
+    dilation: Size3 = 1,
+    groups: int = 1,
+    epilogue: str = "relu",
+) -> Tensor:
+    """`conv_affine_act` for videos: a 3-d convolution and all that follows it.
+
+    Args:
+        x: [N, C, D, H, W], float32, float16, bfloat16 or float64, any strides (channels_last_3d is
+            best).
+        weight: [K, C / groups, T, R, S], of x's dtype.
+        scale: [K], float32 (float64 if x is).
+        shift: [K], as scale.
+        residual: [N, K, OD, OH, OW], of x's dtype, for the epilogues that add.
+        stride: of the window, int or (depth, height, width).
+        padding: zeros on each side, int or (depth, height, width), or ``"same"`` or ``"valid"``.
+        dilation: spacing of the window's taps.
+        groups: blocked connections from input to output channels.
+        epilogue: one of ``fused_resnet.problem.EPILOGUES``.
+
+    Returns:
+        [N, K, OD, OH, OW] of x's dtype, dense in channels_last_3d order.
+
+    Raises:
+        ValueError: shapes, devices or parameters do not fit together.
+        TypeError: a dtype is not supported or differs from x's.
+
+    Example:
+        >>> x = torch.randn(1, 3, 8, 32, 32)
+        >>> w, scale, shift = torch.randn(8, 3, 3, 3, 3), torch.ones(8), torch.zeros(8)
+        >>> conv3d_affine_act(x, w, scale, shift, padding=1).shape
+        torch.Size([1, 8, 8, 32, 32])
+    """
+    steps, spacing = _triple("stride", stride), _triple("dilation", dilation)
+    if isinstance(padding, str):
+        x, zeros = _named_padding(padding, x, weight, steps, spacing)
+    else:
+        zeros = _triple("padding", padding)
+    arguments = (x, weight, scale, shift, residual, steps, zeros, spacing, groups, epilogue)
+    return cast(Tensor, _call(_conv3d_op_overload, *arguments))
 
 
 def conv_affine_relu_maxpool(
@@ -258,17 +322,16 @@ def _is_relu(act: object) -> bool:
 
 
 def _autocasts(conv: nn.Module) -> bool:
-    device = fold.weight_of(cast(nn.Conv2d, conv)).device
+    device = fold.weight_of(cast(fold.Conv, conv)).device
     return torch.is_autocast_enabled(device.type)
 
 
 def why_stock(conv: nn.Module, bn: nn.Module | None) -> str | None:
     """None if ``conv`` and ``bn``, as they are now, run as one fused op, else why they do not."""
-    if isinstance(conv, nn.Conv3d):
-        return f"{type(conv).__name__} is a 3-d convolution, and the fused op takes [N, C, H, W]"
     if not fold.is_plain_conv(conv):
-        return f"{type(conv).__name__} is not a plain nn.Conv2d"
-    reason = fold.why_not_foldable(bn)
+        stock = "nn.Conv3d" if isinstance(conv, nn.Conv3d) else "nn.Conv2d"
+        return f"{type(conv).__name__} is not a plain {stock}"
+    reason = fold.why_not_behind(conv, bn)
     if reason is not None:
         return reason
     if fold.uses_batch_statistics(bn):
@@ -294,27 +357,23 @@ def _is_fused(conv: nn.Module, bn: nn.Module | None) -> bool:
     return why_stock(conv, bn) is None
 
 
-def _unpadded(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
+def _unpadded(x: Tensor, conv: fold.Conv) -> tuple[Tensor, tuple[int, ...]]:
     """The input and the symmetric zero padding that the op is to apply to it."""
     padding = conv.padding
     if conv.padding_mode == "zeros":
         if type(padding) is tuple:
-            return x, padding  # type: ignore[return-value]
+            return x, padding
         if padding == "valid":
-            return x, (0, 0)
-        (top, bottom), (left, right) = (
-            _same_padding(conv.kernel_size[i], conv.dilation[i]) for i in (0, 1)
-        )
-        if (top, left) == (bottom, right):
-            return x, (top, left)
-        return F.pad(x, (left, right, top, bottom)), (0, 0)
-    # nn.Conv2d keeps the pads of both sides, last dimension first, as F.pad takes them.
-    return F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
+            return x, (0,) * len(conv.stride)
+        return _padded_alike(x, conv.kernel_size, conv.dilation)
+    # Convolutions keep the pads of both sides, last dimension first, as F.pad takes them.
+    pads = conv._reversed_padding_repeated_twice
+    return F.pad(x, pads, mode=conv.padding_mode), (0,) * len(conv.stride)
 
 
 def conv_bn_act(
     x: Tensor,
-    conv: nn.Conv2d,
+    conv: fold.Conv,
     bn: nn.Module | None,
     act: nn.Module | None = None,
     residual: Tensor | None = None,
@@ -330,16 +389,16 @@ def conv_bn_act(
     reason.
 
     Args:
-        x: [N, C, H, W].
+        x: [N, C, H, W], or [N, C, D, H, W] for a 3-d convolution.
         conv: the convolution; bias, "same" and "valid" padding and every padding_mode are honoured.
         bn: batch norm or another norm, or None.
         act: activation module, or None for none.
-        residual: [N, K, OH, OW] to add before the activation, or None.
+        residual: [N, K, OH, OW] (or [N, K, OD, OH, OW]) to add before the activation, or None.
         act_before_add: apply the activation before the addition too, as in the textbook block
             ``relu(relu(bn(conv(x))) + residual)``.
 
     Returns:
-        [N, K, OH, OW] of x's dtype (of the autocast dtype under autocast).
+        [N, K, OH, OW] or [N, K, OD, OH, OW] of x's dtype (of the autocast dtype under autocast).
 
     Raises:
         ValueError: shapes or devices do not fit together.
@@ -358,8 +417,9 @@ def conv_bn_act(
     if type(bn) is not nn.BatchNorm2d and bn is not None and (own := fold.activations_of(bn)):
         return _conv_norm_act(x, conv, bn, own, act, residual, act_before_add)
     relu = act is None or _is_relu(act)
-    # nn.Conv2d takes an image without a batch dimension; the op does not.
-    if x.dim() != 4 or not _is_fused(conv, bn) or (act_before_add and not relu):
+    video = isinstance(conv, nn.Conv3d)
+    # Stock convolutions take an image without a batch dimension; the op does not.
+    if x.dim() != (5 if video else 4) or not _is_fused(conv, bn) or (act_before_add and not relu):
         y: Tensor = conv(x)
         if bn is not None:
             y = bn(y)
@@ -375,17 +435,22 @@ def conv_bn_act(
     else:
         epilogue = "relu_add_relu" if act_before_add else "add_relu"
     padded, constants, geometry = _arguments(x, conv, bn, epilogue)
-    y = _call(_conv_op, padded, *constants, residual, *geometry)
+    y = _call(_conv3d_op_overload if video else _conv_op, padded, *constants, residual, *geometry)
     if not relu:
         assert act is not None
         return cast(Tensor, act(y))
-    if padded is x and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+    if (
+        padded is x
+        and not video
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+    ):
         recall.remember(x, conv, bn, act, residual, act_before_add, constants, geometry)
     return y
 
 
 def _arguments(
-    x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, epilogue: str
+    x: Tensor, conv: fold.Conv, bn: nn.Module | None, epilogue: str
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], tuple[Any, ...]]:
     """What the op takes for modules that `why_stock` has nothing against.
 
@@ -399,7 +464,7 @@ def _arguments(
 
 def _conv_norm_act(
     x: Tensor,
-    conv: nn.Conv2d,
+    conv: fold.Conv,
     norm: nn.Module,
     own: tuple[nn.Module, ...],
     act: nn.Module | None,
@@ -430,7 +495,7 @@ def _conv_norm_act(
 
 
 def conv_bn_act_maxpool(
-    x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, act: nn.Module | None, pool: nn.Module
+    x: Tensor, conv: fold.Conv, bn: nn.Module | None, act: nn.Module | None, pool: nn.Module
 ) -> Tensor:
     """``pool(act(bn(conv(x))))``, the stem of a ResNet, fused where the modules allow it.
 
@@ -458,6 +523,7 @@ def conv_bn_act_maxpool(
         acts = (*fold.activations_of(bn), *acts)
     if (
         x.dim() != 4
+        or isinstance(conv, nn.Conv3d)
         or not acts
         or not all(map(_is_relu, acts))
         or why_not_poolable(pool) is not None

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet import fold, tracing
 from fused_resnet.fold import Recipe
+from fused_resnet.problem import channels_last_format
 from fused_resnet.tracing import Untraceable
 
 
@@ -63,15 +64,13 @@ class Meta:
     @staticmethod
     def of(t: Tensor) -> Meta:
         """That of a tensor, fake or real."""
-        last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+        last = t.dim() in (4, 5) and t.is_contiguous(memory_format=channels_last_format(t))
         return Meta(tuple(t.shape), t.dtype, t.device, last)
 
     def empty(self) -> Tensor:
         """A tensor like that."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device).contiguous(
-            memory_format=layout
-        )
+        t = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return t.contiguous(memory_format=channels_last_format(t)) if self.channels_last else t
 
     def noise(self) -> Tensor:
         """A tensor like that, the same each time: of normal distribution, or 0 if of integers."""

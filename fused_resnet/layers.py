@@ -13,11 +13,19 @@ import torch
 from torch import Tensor
 
 from fused_resnet.graph import Call, Graph, Literal, Ref, constant_calls
-from fused_resnet.problem import DTYPES, AddReluProblem, ChainProblem, ConvProblem, MaxPool
+from fused_resnet.problem import (
+    DTYPES,
+    AddReluProblem,
+    ChainProblem,
+    Conv3dProblem,
+    Convolution,
+    ConvProblem,
+    MaxPool,
+)
 
 
 @dataclass(frozen=True)
-class Conv:
+class _Convolution:
     """A convolution with its epilogue (and pooling); fields are values.
 
     Attributes:
@@ -34,7 +42,7 @@ class Conv:
 
     name: str
     op: str
-    problem: ConvProblem
+    problem: Convolution
     result: int
     x: int
     weight: int
@@ -61,6 +69,20 @@ class Conv:
     def operands(self) -> tuple[int | None, ...]:
         """As `Kernel.run` takes them."""
         return self.x, self.weight, self.scale, self.shift, self.residual
+
+
+@dataclass(frozen=True)
+class Conv(_Convolution):
+    """A convolution of images."""
+
+    problem: ConvProblem
+
+
+@dataclass(frozen=True)
+class Conv3d(_Convolution):
+    """A convolution of videos."""
+
+    problem: Conv3dProblem
 
 
 @dataclass(frozen=True)
@@ -185,7 +207,7 @@ class Span:
 
 
 #: Layers that kernels compete for.
-Tunable = Conv | AddRelu | Chained
+Tunable = Conv | Conv3d | AddRelu | Chained
 Layer = Tunable | Plain
 
 
@@ -218,6 +240,7 @@ def lower(graph: Graph) -> Layers:
 _OPS = torch.ops.fused_resnet
 _CONV, _STEM = _OPS.conv_affine_act.default, _OPS.conv_affine_relu_maxpool.default
 _ADD_RELU = _OPS.add_relu.default
+_CONV3D = _OPS.conv3d_affine_act.default
 _CONV2D = torch.ops.aten.conv2d.default
 
 
@@ -233,6 +256,8 @@ class _Lowering:
     def layer(self, call: Call) -> Layer:
         if call.op in (_CONV, _STEM):
             return self.fused_conv(call) or self.plain(call)
+        if call.op is _CONV3D:
+            return self.fused_conv3d(call) or self.plain(call)
         if call.op is _CONV2D:
             return self.plain_conv(call) or self.plain(call)
         if call.op is _ADD_RELU and all(i not in self.known for i in call.reads):
@@ -270,6 +295,25 @@ class _Lowering:
         op = "conv_affine_act" if pool is None else "conv_affine_relu_maxpool"
         return Conv(
             self.name(weight.id), op, problem, call.result, x.id, *vectors,
+            None if residual is None else residual.id,
+        )  # fmt: skip
+
+    def fused_conv3d(self, call: Call) -> Conv3d | None:
+        x, weight, scale, shift, residual, *window, groups, epilogue = call.args
+        vectors = (weight.id, scale.id, shift.id)
+        values = (x.id, *(() if residual is None else (residual.id,)))
+        if any(i not in self.known for i in vectors) or any(i in self.known for i in values):
+            return None
+        meta, shape = self.graph.meta[x.id], self.graph.meta[weight.id].shape
+        n, c, *size = meta.shape
+        k, _, *kernel = shape
+        stride, padding, dilation = map(_triple, window)
+        problem = Conv3dProblem(
+            n, c, _triple(size), k, _triple(kernel), stride, padding, dilation, groups, epilogue,
+            meta.dtype,
+        )  # fmt: skip
+        return Conv3d(
+            self.name(weight.id), "conv3d_affine_act", problem, call.result, x.id, *vectors,
             None if residual is None else residual.id,
         )  # fmt: skip
 
@@ -346,4 +390,20 @@ def _pair(value: Any) -> tuple[int, int]:
     return (values[0], values[-1])
 
 
-__all__ = ["AddRelu", "Chained", "Conv", "Layer", "Layers", "Plain", "Span", "Tunable", "lower"]
+def _triple(value: Any) -> tuple[int, int, int]:
+    depth, height, width = map(int, value)
+    return depth, height, width
+
+
+__all__ = [
+    "AddRelu",
+    "Chained",
+    "Conv",
+    "Conv3d",
+    "Layer",
+    "Layers",
+    "Plain",
+    "Span",
+    "Tunable",
+    "lower",
+]

@@ -28,7 +28,7 @@ from fused_resnet.backends.cpu_program import (
 from fused_resnet.backends.kernel import Kernel, PackedKernel
 from fused_resnet.graph import Graph, Meta, Ref
 from fused_resnet.layers import AddRelu as AddReluLayer
-from fused_resnet.layers import Chained, Layer, Layers, Plain
+from fused_resnet.layers import Chained, Conv3d, Layer, Layers, Plain
 from fused_resnet.layers import Conv as ConvLayer
 from fused_resnet.problem import ConvProblem
 from fused_resnet.problem import MaxPool as Window
@@ -73,7 +73,7 @@ class Segments:
             return None
         if isinstance(layer, ConvLayer):
             return self._conv(layer)
-        if isinstance(layer, Chained):
+        if isinstance(layer, Chained | Conv3d):
             return None
         if isinstance(layer, AddReluLayer):
             kernel = self.kernels[layer.result]

@@ -8,12 +8,13 @@ written.
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from fused_resnet import functional, hooks
+from fused_resnet import fold, functional, hooks
 from fused_resnet.problem import conv_out_size
 
 #: An activation module, ``"relu"`` for one that was written as a function, or None.
@@ -31,7 +32,7 @@ _RELU = nn.ReLU()
 
 def conv_bn_act(
     x: Tensor,
-    conv: nn.Conv2d,
+    conv: fold.Conv,
     bn: nn.Module | None = None,
     act: Act = None,
     residual: Any = None,
@@ -42,7 +43,8 @@ def conv_bn_act(
     """``act(first_act(bn(conv(x))) + residual)``, each part if given, fused where tensors allow it.
 
     Args:
-        x: [N, C, H, W]; anything else goes to the stock modules.
+        x: [N, C, H, W], or [N, C, D, H, W] for a 3-d convolution; anything else goes to the stock
+            modules.
         conv: the convolution, or what stands in its place.
         bn: its norm, or None.
         act: activation at the end.
@@ -76,7 +78,7 @@ def conv_bn_act(
 
 
 def conv_bn_act_maxpool(
-    x: Tensor, conv: nn.Conv2d, bn: nn.Module | None, act: Act, pool: Pool
+    x: Tensor, conv: fold.Conv, bn: nn.Module | None, act: Act, pool: Pool
 ) -> Tensor:
     """``pool(act(bn(conv(x))))``, fused as far as modules and tensors allow.
 
@@ -140,7 +142,7 @@ def _activate(y: Tensor, act: Act) -> Tensor:
 
 def _fits(residual: Any, x: Tensor, conv: nn.Module) -> bool:
     """Whether ``residual`` has the very shape, dtype and device of the result of ``conv``."""
-    if not isinstance(residual, Tensor) or not isinstance(conv, nn.Conv2d):
+    if not isinstance(residual, Tensor) or not isinstance(conv, fold.Conv):
         return False
     dtype, device = x.dtype, x.device
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
@@ -148,15 +150,15 @@ def _fits(residual: Any, x: Tensor, conv: nn.Module) -> bool:
     shape, size = residual.shape, x.shape
     if residual.dtype != dtype or residual.device != device or not dtype.is_floating_point:
         return False
-    if len(shape) != 4 or len(size) != 4 or shape[:2] != (size[0], conv.out_channels):
+    kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
+    dims = len(kernel) + 2
+    if len(shape) != dims or len(size) != dims or shape[:2] != (size[0], conv.out_channels):
         return False
     if conv.padding == "same":
         return shape[2:] == size[2:]
-    pad: Any = (0, 0) if conv.padding == "valid" else conv.padding
-    kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
-    return shape[2] == conv_out_size(size[2], kernel[0], stride[0], pad[0], dilation[0]) and shape[
-        3
-    ] == conv_out_size(size[3], kernel[1], stride[1], pad[1], dilation[1])
+    pad: Any = (0,) * len(kernel) if conv.padding == "valid" else conv.padding
+    made = map(conv_out_size, size[2:], kernel, stride, pad, dilation)
+    return all(map(operator.eq, shape[2:], made))
 
 
 _pools: dict[tuple[Any, Any, Any], nn.Module] = {}

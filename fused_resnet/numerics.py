@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.problem import ChainProblem, ConvProblem
+from fused_resnet.problem import ChainProblem, Convolution
 
 #: What the order of an fp32 sum may do to a single element, relative to the largest: sums of some
 #: thousand products differ by this much between kernels, stock torch's own for one batch size and
@@ -136,25 +136,31 @@ def apply_epilogue(z: Tensor, residual: Tensor | None, epilogue: str) -> Tensor:
     return z
 
 
+def convolve(problem: Convolution, x: Tensor, weight: Tensor) -> Tensor:
+    """The convolution alone, by stock torch."""
+    conv: Callable[..., Tensor] = torch.conv3d if x.dim() == 5 else torch.conv2d
+    return conv(x, weight, None, problem.stride, problem.padding, problem.dilation, problem.groups)
+
+
+def per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    """A vector [K] as it multiplies and adds to ``like`` [N, K, ...]."""
+    return vector.view(1, -1, *(1,) * (like.dim() - 2))
+
+
 def reference_conv(
-    problem: ConvProblem,
+    problem: Convolution,
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
     shift: Tensor,
     residual: Tensor | None,
 ) -> Tensor:
-    """The op ``conv_affine_act`` (or the stem, where ``problem.pool`` is set) in float64."""
-    z = torch.conv2d(
-        x.double(),
-        weight.double(),
-        None,
-        problem.stride,
-        problem.padding,
-        problem.dilation,
-        problem.groups,
-    )
-    z = z * scale.double().view(1, -1, 1, 1) + shift.double().view(1, -1, 1, 1)
+    """The op ``conv_affine_act`` (or the stem, where ``problem.pool`` is set) in float64.
+
+    Of a video ``conv3d_affine_act``; so in `stock_conv`.
+    """
+    z = convolve(problem, x.double(), weight.double())
+    z = z * per_channel(scale.double(), z) + per_channel(shift.double(), z)
     z = apply_epilogue(z, None if residual is None else residual.double(), problem.epilogue)
     if problem.pool is not None:
         pool = problem.pool
@@ -163,7 +169,7 @@ def reference_conv(
 
 
 def stock_conv(
-    problem: ConvProblem,
+    problem: Convolution,
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -171,9 +177,7 @@ def stock_conv(
     residual: Tensor | None,
 ) -> Tensor:
     """The same op as stock torch computes it: convolution, batch norm, add, ReLU, each rounding."""
-    y = torch.conv2d(
-        x, weight, None, problem.stride, problem.padding, problem.dilation, problem.groups
-    )
+    y = convolve(problem, x, weight)
     mean, var = torch.zeros_like(scale), torch.ones_like(scale)
     z = torch.batch_norm(y, scale, shift, mean, var, False, 0.0, 0.0, False)
     z = apply_epilogue(z, residual, problem.epilogue)

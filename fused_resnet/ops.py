@@ -25,13 +25,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_resnet import _build, backends
 from fused_resnet.freshness import Snapshot, keep, persistent
+from fused_resnet.numerics import per_channel
 from fused_resnet.problem import (
     DTYPES,
     EPILOGUES,
     RESIDUAL_EPILOGUES,
     AddReluProblem,
+    Convolution,
     ConvProblem,
     MaxPool,
+    channels_last_format,
     channels_last_strides,
     conv_out_size,
 )
@@ -64,10 +67,17 @@ def _describe(t: Tensor) -> str:
     return f"{t.dtype} {list(t.shape)} on {t.device}"
 
 
-def _check_pair(name: str, value: Ints, least: int) -> None:
-    if len(value) != 2:
-        raise ValueError(f"{name} must have 2 values (height, width), got {list(value)}")
-    if value[0] < least or value[1] < least:
+#: By dimensions of space: their names, the shape of x and the shape of a weight.
+_NAMES = {
+    2: ("height, width", "[N, C, H, W]", "[K, C / groups, R, S]"),
+    3: ("depth, height, width", "[N, C, D, H, W]", "[K, C / groups, T, R, S]"),
+}
+
+
+def _check_extents(name: str, value: Ints, least: int, space: int = 2) -> None:
+    if len(value) != space:
+        raise ValueError(f"{name} must have {space} values ({_NAMES[space][0]}), got {list(value)}")
+    if any(v < least for v in value):
         raise ValueError(f"{name} must be at least {least}, got {list(value)}")
 
 
@@ -101,24 +111,25 @@ def _check_conv(
     padding: Ints,
     dilation: Ints,
     groups: int,
-) -> tuple[int, int]:
-    """Validate a convolution's arguments and return the height and width of its result."""
+    space: int = 2,
+) -> tuple[int, ...]:
+    """Validate a convolution's arguments and return the extents in space of its result."""
     _check_dense("x", x)
-    if x.dim() != 4:
-        raise ValueError(f"x must be [N, C, H, W], got {x.dim()} dimensions: {list(x.shape)}")
-    if weight.dim() != 4:
+    _, image, window = _NAMES[space]
+    if x.dim() != space + 2:
+        raise ValueError(f"x must be {image}, got {x.dim()} dimensions: {list(x.shape)}")
+    if weight.dim() != space + 2:
         raise ValueError(
-            f"weight must be [K, C / groups, R, S], got {weight.dim()} dimensions: "
-            f"{list(weight.shape)}"
+            f"weight must be {window}, got {weight.dim()} dimensions: {list(weight.shape)}"
         )
     _check_dense("weight", weight)
     _check_same("weight", weight, x)
-    _check_pair("stride", stride, 1)
-    _check_pair("padding", padding, 0)
-    _check_pair("dilation", dilation, 1)
+    _check_extents("stride", stride, 1, space)
+    _check_extents("padding", padding, 0, space)
+    _check_extents("dilation", dilation, 1, space)
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
-    c, (k, c_group, r, s) = x.shape[1], weight.shape
+    c, (k, c_group, *kernel) = x.shape[1], weight.shape
     if c != c_group * groups:
         raise ValueError(
             f"x has {c} channels but weight {list(weight.shape)} with groups={groups} "
@@ -126,8 +137,9 @@ def _check_conv(
         )
     if k % groups != 0 or k < 1:
         raise ValueError(f"weight's {k} output channels must be a positive multiple of {groups=}")
-    if r < 1 or s < 1:
-        raise ValueError(f"weight's kernel must be at least 1x1, got {list(weight.shape)}")
+    if any(extent < 1 for extent in kernel):
+        least = "x".join("1" * space)
+        raise ValueError(f"weight's kernel must be at least {least}, got {list(weight.shape)}")
     vectors = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, t in (("scale", scale), ("shift", shift)):
         _check_layout(name, t)
@@ -142,14 +154,14 @@ def _check_conv(
             )
         if t.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}; got {_describe(t)}")
-    oh = conv_out_size(x.shape[2], r, stride[0], padding[0], dilation[0])
-    ow = conv_out_size(x.shape[3], s, stride[1], padding[1], dilation[1])
-    if oh < 1 or ow < 1:
+    size = tuple(map(conv_out_size, x.shape[2:], kernel, stride, padding, dilation))
+    if any(extent < 1 for extent in size):
+        window, made = ("x".join(map(str, extents)) for extents in (kernel, size))
         raise ValueError(
-            f"the kernel {r}x{s} (dilation {list(dilation)}) does not fit into x {list(x.shape)} "
-            f"with padding {list(padding)}: the result would be {oh}x{ow}"
+            f"the kernel {window} (dilation {list(dilation)}) does not fit into x {list(x.shape)} "
+            f"with padding {list(padding)}: the result would be {made}"
         )
-    return oh, ow
+    return size
 
 
 def _check_epilogue(
@@ -171,9 +183,9 @@ def _check_epilogue(
 
 
 def _check_pool(pool: MaxPool, oh: int, ow: int) -> tuple[int, int]:
-    _check_pair("pool_kernel", pool.kernel, 1)
-    _check_pair("pool_stride", pool.stride, 1)
-    _check_pair("pool_padding", pool.padding, 0)
+    _check_extents("pool_kernel", pool.kernel, 1)
+    _check_extents("pool_stride", pool.stride, 1)
+    _check_extents("pool_padding", pool.padding, 0)
     for i in (0, 1):
         if pool.padding[i] > pool.kernel[i] // 2:
             raise ValueError(
@@ -223,7 +235,7 @@ def channels_last(y: Tensor) -> Tensor:
         return y
     # Extents of 1 leave several strides possible for the same memory; unify them. In place, since a
     # view could not be written to by what comes next (autograd forbids it for results of an op).
-    y = y.contiguous(memory_format=torch.channels_last)
+    y = y.contiguous(memory_format=channels_last_format(y))
     return y.as_strided_(y.shape, strides)
 
 
@@ -308,13 +320,13 @@ def run_conv(
     shift: Tensor,
     residual: Tensor | None,
 ) -> Tensor:
-    """Run what `choose_conv` chose for these very tensors."""
+    """Run what `choose_conv` (or `conv3d_op.choose_conv3d`) chose for these very tensors."""
     if x.shape[0] == 0:
-        assert isinstance(choice.problem, ConvProblem)
+        assert isinstance(choice.problem, Convolution)
         shape = choice.problem.out_shape
         return x.new_empty_strided(shape, channels_last_strides(*shape))
     if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
+        residual = residual.contiguous(memory_format=channels_last_format(residual))
     # Kernels read the vectors as flat arrays.
     scale, shift = scale.contiguous(), shift.contiguous()
     return channels_last(backends.run(choice, x, weight, scale, shift, residual))
@@ -494,10 +506,11 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, shift, output = ctx.saved_tensors
     stride, padding, dilation, groups = ctx.geometry
     want_x, want_weight, want_scale, want_shift, want_residual = ctx.needs_input_grad[:5]
-    per_channel = scale.view(1, -1, 1, 1)
+    conv: Callable[..., Tensor] = torch.conv3d if x.dim() == 5 else torch.conv2d
+    pixels = (0, *range(2, x.dim()))
 
     def convolution() -> Tensor:
-        return torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+        return conv(x, weight, None, stride, padding, dilation, groups)
 
     if ctx.epilogue in _CLIPPED:
         grad = grad * (output > 0)
@@ -506,10 +519,11 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.epilogue == "relu_add_relu":
         # The inner ReLU's sign is not in the output, so its argument is computed again.
         y = convolution()
-        grad = grad * (y.to(scale.dtype) * per_channel + shift.view(1, -1, 1, 1) > 0)
+        z = y.to(scale.dtype) * per_channel(scale, y) + per_channel(shift, y)
+        grad = grad * (z > 0)
     grad_x = grad_weight = grad_scale = grad_shift = None
     if want_x or want_weight:
-        grad_y = (grad * per_channel).to(x.dtype)
+        grad_y = (grad * per_channel(scale, grad)).to(x.dtype)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad_y,
             x,
@@ -519,15 +533,15 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             padding,
             dilation,
             False,
-            [0, 0],
+            [0] * len(stride),
             groups,
             [want_x, want_weight, False],
         )
     if want_shift:
-        grad_shift = grad.sum((0, 2, 3), dtype=shift.dtype)
+        grad_shift = grad.sum(pixels, dtype=shift.dtype)
     if want_scale:
         y = convolution() if y is None else y
-        grad_scale = (grad.to(scale.dtype) * y.to(scale.dtype)).sum((0, 2, 3))
+        grad_scale = (grad.to(scale.dtype) * y.to(scale.dtype)).sum(pixels)
     return grad_x, grad_weight, grad_scale, grad_shift, grad_residual, *(None,) * 5
 
 

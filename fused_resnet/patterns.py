@@ -31,6 +31,7 @@ from fused_resnet.fold import (
     activations_of,
     is_frozen_norm,
     is_plain_conv,
+    why_not_behind,
     why_not_foldable,
 )
 from fused_resnet.tracing import INPLACE_OPERATORS, stock_class
@@ -45,8 +46,10 @@ OWN_FUNCTIONS = frozenset(
         functional.conv_bn_act_maxpool,
         functional.add_relu,
         functional.conv_affine_act,
+        functional.conv3d_affine_act,
         functional.conv_affine_relu_maxpool,
         torch.ops.fused_resnet.conv_affine_act.default,
+        torch.ops.fused_resnet.conv3d_affine_act.default,
         torch.ops.fused_resnet.conv_affine_relu_maxpool.default,
         torch.ops.fused_resnet.add_relu.default,
     }
@@ -231,7 +234,8 @@ class _Matcher:
 
     def conv_site(self, conv: fx.Node) -> None:
         """Claim the longest chain behind ``conv`` that is safe to fuse."""
-        if not is_plain_conv(self.module(conv)) or len(conv.args) != 1 or conv.kwargs:
+        module = self.module(conv)
+        if not is_plain_conv(module) or len(conv.args) != 1 or conv.kwargs:
             return
         chains = [Site(conv)]
 
@@ -244,7 +248,7 @@ class _Matcher:
         relu: fx.Node | None = None  # The one before a pooling or a sum; it may be the norm's own.
         if user is not None and self.kind(user) == "norm":
             norm = self.module(user)
-            if norm is None or why_not_foldable(norm) is not None or len(user.args) != 1:
+            if norm is None or len(user.args) != 1 or why_not_behind(module, norm) is not None:
                 return
             extend(user, skipped, norm=user)
             relu = user if self.ends_in_relu(norm) else None
@@ -254,7 +258,7 @@ class _Matcher:
             relu = user
             user, skipped = self.consumer(user)
         if relu is not None:
-            if user is not None and self.poolable(user):
+            if user is not None and isinstance(module, nn.Conv2d) and self.poolable(user):
                 extend(user, skipped, pool=user)
             elif user is not None and self.may_take(user, relu):
                 after, more = self.consumer(user)
@@ -367,7 +371,7 @@ class _Matcher:
             return f"its result is used {len(node.users)} times ({_names(node.users)})"
         (user,) = node.users
         if self.kind(user) == "norm" and (norm := self.module(user)) is not None:
-            reason = why_not_foldable(norm)
+            reason = why_not_behind(self.module(node), norm)
             if reason is not None:
                 return reason
         return f"followed by {self.describe(user)}"

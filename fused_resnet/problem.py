@@ -6,6 +6,7 @@ A problem is hashable, so choices, tuned results and compiled kernels are keyed 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,24 @@ def conv_out_size(size: int, kernel: int, stride: int, padding: int, dilation: i
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def channels_last_strides(n: int, c: int, h: int, w: int) -> tuple[int, int, int, int]:
-    """Strides of a dense channels_last [N, C, H, W] tensor, as ``torch.empty`` would set them."""
-    return h * w * c, 1, w * c, c
+def channels_last_strides(n: int, c: int, *size: int) -> tuple[int, ...]:
+    """Strides of a dense channels_last tensor, as ``torch.empty`` would set them.
+
+    Args:
+        n: extent of the batch.
+        c: of the channels.
+        size: of [H, W] or [D, H, W].
+    """
+    if len(size) == 2:
+        h, w = size
+        return h * w * c, 1, w * c, c
+    d, h, w = size
+    return d * h * w * c, 1, h * w * c, w * c, c
+
+
+def channels_last_format(t: torch.Tensor) -> torch.memory_format:
+    """Channels last for a tensor [N, C, H, W] or [N, C, D, H, W]."""
+    return torch.channels_last_3d if t.dim() == 5 else torch.channels_last
 
 
 @dataclass(frozen=True)
@@ -40,8 +56,98 @@ class MaxPool:
     padding: tuple[int, int]
 
 
+class Convolution(ABC):
+    """What fused convolutions of images and of videos have in common.
+
+    Attributes:
+        n: images.
+        c: channels of x.
+        k: channels of the result.
+        stride: of the window, by dimension of space.
+        padding: zeros on each side, by dimension of space.
+        dilation: spacing of the window's taps, by dimension of space.
+        groups: blocked connections from input to output channels.
+        epilogue: one of `EPILOGUES`.
+        dtype: of x, weight and residual; scale and shift are fp32 (float64 when it is float64).
+        pool: of the stem only.
+    """
+
+    n: int
+    c: int
+    k: int
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    epilogue: str
+    dtype: torch.dtype
+    pool: MaxPool | None = None
+
+    @property
+    @abstractmethod
+    def in_shape(self) -> tuple[int, ...]:
+        """Shape of x."""
+
+    @property
+    @abstractmethod
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+
+    @property
+    def conv_size(self) -> tuple[int, ...]:
+        """Extents in space that the convolution itself produces."""
+        window = self.weight_shape[2:], self.stride, self.padding, self.dilation
+        return tuple(map(conv_out_size, self.in_shape[2:], *window))
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the result, after pooling where there is some."""
+        return self.n, self.k, *self.conv_size
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether the epilogue reads a residual of the output's shape."""
+        return self.epilogue in RESIDUAL_EPILOGUES
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of the convolution (a multiply-add is two)."""
+        return 2 * self.n * math.prod(self.conv_size) * math.prod(self.weight_shape)
+
+    @property
+    def min_bytes(self) -> int:
+        """Bytes through memory at least: input, weights, residual and output once."""
+        out = math.prod(self.out_shape)
+        reads = math.prod(self.in_shape) + math.prod(self.weight_shape)
+        reads += out if self.has_residual else 0
+        return self.dtype.itemsize * (reads + out) + 8 * self.k
+
+    def __str__(self) -> str:
+        """A short line for tables: ``conv 3x3/2 64->128 8x56x56 bfloat16 add_relu``."""
+        parts = [f"conv {_by(self.weight_shape[2:])}"]
+        if set(self.stride) != {1}:
+            alike = len(set(self.stride)) == 1
+            parts[0] += f"/{self.stride[0] if alike else _by(self.stride)}"
+        parts.append(f"{self.c}->{self.k}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
+        if set(self.dilation) != {1}:
+            parts.append(f"dilation={_by(self.dilation)}")
+        parts.append(_by((self.n, *self.in_shape[2:])))
+        parts.append(str(self.dtype).removeprefix("torch."))
+        if self.epilogue != "none":
+            parts.append(self.epilogue)
+        if self.pool is not None:
+            parts.append(f"maxpool {_by(self.pool.kernel)}")
+        return " ".join(parts)
+
+
+def _by(extents: tuple[int, ...]) -> str:
+    return "x".join(map(str, extents))
+
+
 @dataclass(frozen=True)
-class ConvProblem:
+class ConvProblem(Convolution):
     """One fused convolution: x [N, C, H, W] with weight [K, C / groups, R, S].
 
     ``x_channels_last`` says whether x is dense in channels_last order; a kernel that needs it and
@@ -66,12 +172,20 @@ class ConvProblem:
     pool: MaxPool | None = None
 
     @property
+    def in_shape(self) -> tuple[int, int, int, int]:
+        """Shape of x."""
+        return self.n, self.c, self.h, self.w
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the weight."""
+        return self.k, self.c // self.groups, self.r, self.s
+
+    @property
     def conv_size(self) -> tuple[int, int]:
         """Height and width that the convolution itself produces."""
-        return (
-            conv_out_size(self.h, self.r, self.stride[0], self.padding[0], self.dilation[0]),
-            conv_out_size(self.w, self.s, self.stride[1], self.padding[1], self.dilation[1]),
-        )
+        oh, ow = super().conv_size
+        return oh, ow
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -84,11 +198,6 @@ class ConvProblem:
         return self.n, self.k, oh, ow
 
     @property
-    def has_residual(self) -> bool:
-        """Whether the epilogue reads a residual of the output's shape."""
-        return self.epilogue in RESIDUAL_EPILOGUES
-
-    @property
     def is_gemm(self) -> bool:
         """Whether this is a plain matrix product over N*H*W rows: 1x1, stride 1, no padding."""
         return (
@@ -98,40 +207,36 @@ class ConvProblem:
             and self.groups == 1
         )
 
-    @property
-    def flops(self) -> int:
-        """Floating point operations of the convolution (a multiply-add is two)."""
-        oh, ow = self.conv_size
-        return 2 * self.n * oh * ow * self.k * (self.c // self.groups) * self.r * self.s
+
+@dataclass(frozen=True)
+class Conv3dProblem(Convolution):
+    """One fused convolution of videos: x [N, C, D, H, W] with weight [K, C / groups, T, R, S].
+
+    ``size`` is (D, H, W), ``kernel`` (T, R, S); the other tuples are in the same order. The dtype
+    is that of x, weight and residual; scale and shift are fp32 (float64 when the dtype is float64).
+    """
+
+    n: int
+    c: int
+    size: tuple[int, int, int]
+    k: int
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
+    dilation: tuple[int, int, int]
+    groups: int
+    epilogue: str
+    dtype: torch.dtype
 
     @property
-    def min_bytes(self) -> int:
-        """Bytes through memory at least: input, weights, residual and output once."""
-        item = self.dtype.itemsize
-        out = math.prod(self.out_shape)
-        weight = self.k * (self.c // self.groups) * self.r * self.s
-        reads = self.n * self.c * self.h * self.w + weight + (out if self.has_residual else 0)
-        return item * (reads + out) + 8 * self.k
+    def in_shape(self) -> tuple[int, int, int, int, int]:
+        """Shape of x."""
+        return self.n, self.c, *self.size
 
-    def __str__(self) -> str:
-        """A short line for tables: ``conv 3x3/2 64->128 8x56x56 bfloat16 add_relu``."""
-        parts = [f"conv {self.r}x{self.s}"]
-        if self.stride != (1, 1):
-            parts[0] += f"/{self.stride[0]}" + (
-                f"x{self.stride[1]}" if self.stride[0] != self.stride[1] else ""
-            )
-        parts.append(f"{self.c}->{self.k}")
-        if self.groups != 1:
-            parts.append(f"groups={self.groups}")
-        if self.dilation != (1, 1):
-            parts.append(f"dilation={self.dilation[0]}x{self.dilation[1]}")
-        parts.append(f"{self.n}x{self.h}x{self.w}")
-        parts.append(str(self.dtype).removeprefix("torch."))
-        if self.epilogue != "none":
-            parts.append(self.epilogue)
-        if self.pool is not None:
-            parts.append(f"maxpool {self.pool.kernel[0]}x{self.pool.kernel[1]}")
-        return " ".join(parts)
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int, int]:
+        """Shape of the weight."""
+        return self.k, self.c // self.groups, *self.kernel
 
 
 @dataclass(frozen=True)
@@ -267,4 +372,4 @@ class ChainProblem:
         return " ".join(parts)
 
 
-Problem = ConvProblem | AddReluProblem | ChainProblem
+Problem = ConvProblem | Conv3dProblem | AddReluProblem | ChainProblem

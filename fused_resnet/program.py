@@ -20,7 +20,8 @@ from fused_resnet.backends.cpu_program import CpuProgram
 from fused_resnet.backends.cpu_program import Step as NativeStep
 from fused_resnet.backends.kernel import Kernel, PackedKernel
 from fused_resnet.graph import evaluate_constants, refs_in, substitute
-from fused_resnet.layers import AddRelu, Chained, Conv, Layer, Layers, Plain, lower
+from fused_resnet.layers import AddRelu, Chained, Conv, Conv3d, Layer, Layers, Plain, lower
+from fused_resnet.problem import channels_last_format
 from fused_resnet.weights import Weights
 
 #: The kernel of each layer that has one, by the layer's result.
@@ -123,7 +124,7 @@ class _Slot:
 def _stock_copies(layer: Layer) -> int:
     """Results that stock torch holds at once while it computes a layer."""
     # The convolution's own result, and that of its batch norm; pooling comes on top.
-    return 2 if isinstance(layer, Conv) else 1
+    return 2 if isinstance(layer, Conv | Conv3d) else 1
 
 
 def _peak(layers: Layers, copies: Callable[[Layer], int]) -> int:
@@ -251,7 +252,7 @@ class _Builder:
     # --------------------------------------------------------------------------------- other layers
 
     def action(self, layer: Layer) -> Action:
-        if isinstance(layer, Conv):
+        if isinstance(layer, Conv | Conv3d):
             return self.conv_action(layer)
         if isinstance(layer, AddRelu):
             return self.add_action(layer)
@@ -259,7 +260,7 @@ class _Builder:
             return self.chain_action(layer)
         return self.plain_action(layer)
 
-    def conv_action(self, layer: Conv) -> Action:
+    def conv_action(self, layer: Conv | Conv3d) -> Action:
         kernel, problem = self.kernels[layer.result], layer.problem
         graph = self.layers.graph
         scale, shift = (
@@ -276,7 +277,8 @@ class _Builder:
         def action(env: list[Any]) -> None:
             r = None
             if residual is not None:
-                r = env[residual].contiguous(memory_format=torch.channels_last)
+                r = env[residual]
+                r = r.contiguous(memory_format=channels_last_format(r))
             env[target] = ops.channels_last(kernel.run(problem, env[x], first, scale, shift, r))
 
         return action

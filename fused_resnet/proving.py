@@ -19,9 +19,9 @@ from torch import Tensor
 from fused_resnet import backends, ops
 from fused_resnet.backends.kernel import Kernel
 from fused_resnet.graph import Graph, Literal, evaluate_constants, refs_in, substitute
-from fused_resnet.layers import Chained, Conv, Layers, Plain, Tunable
+from fused_resnet.layers import Chained, Conv, Conv3d, Layers, Plain, Tunable
 from fused_resnet.numerics import Error
-from fused_resnet.problem import AddReluProblem, ChainProblem
+from fused_resnet.problem import AddReluProblem, ChainProblem, channels_last_format
 from fused_resnet.program import last_reads
 from fused_resnet.tuned_table import key_of
 from fused_resnet.tuning import (
@@ -93,8 +93,8 @@ def walk(
 
 def _task(layer: Tunable, value: Callable[[int], Tensor]) -> Task:
     args = [None if i is None else value(i) for i in layer.operands]
-    if isinstance(layer, Conv) and args[4] is not None:
-        args[4] = args[4].contiguous(memory_format=torch.channels_last)
+    if isinstance(layer, Conv | Conv3d) and (residual := args[4]) is not None:
+        args[4] = residual.contiguous(memory_format=channels_last_format(residual))
     assert args[0] is not None
     return Task(layer.op, layer.problem, args[0].device, tuple(args))
 
@@ -107,7 +107,7 @@ def stock_result(layer: Tunable, task: Task) -> Results:
 def laid_out(layer: Tunable, returned: Any) -> Results:
     """What a kernel returned, in the layout that the registered op promises."""
     results = results_of(returned)
-    convolved = isinstance(layer, Conv | Chained)
+    convolved = isinstance(layer, Conv | Conv3d | Chained)
     return tuple(map(ops.channels_last, results)) if convolved else results
 
 
@@ -156,7 +156,8 @@ def _ends(task: Task) -> Task:
 def _ends_of(t: Tensor, task: Task) -> Tensor:
     if isinstance(task.problem, AddReluProblem) or task.problem.n <= 2:
         return t
-    return torch.cat((t[:1], t[-1:])).contiguous(memory_format=torch.channels_last)
+    ends = torch.cat((t[:1], t[-1:]))
+    return ends.contiguous(memory_format=channels_last_format(ends))
 
 
 def digest(

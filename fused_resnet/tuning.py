@@ -41,7 +41,13 @@ from fused_resnet.numerics import (
     stock_chain,
     stock_conv,
 )
-from fused_resnet.problem import AddReluProblem, ChainProblem, ConvProblem, Problem
+from fused_resnet.problem import (
+    AddReluProblem,
+    ChainProblem,
+    Convolution,
+    Problem,
+    channels_last_format,
+)
 from fused_resnet.tuned_table import Entry, Timing
 from fused_resnet.warn import FusedResNetWarning
 
@@ -238,7 +244,7 @@ def error_of_stock(task: Task, exact: Results) -> tuple[Error, ...]:
     if isinstance(task.problem, AddReluProblem):
         a, b = _two(task)
         return errors((torch.relu(a + b),), exact)
-    return errors(_piecewise(task, stock_conv, stock_chain, torch.channels_last), exact)
+    return errors(_piecewise(task, stock_conv, stock_chain, last=True), exact)
 
 
 def errors(results: Results, exact: Results) -> tuple[Error, ...]:
@@ -257,13 +263,13 @@ def _piecewise(
     task: Task,
     conv: Callable[..., Tensor],
     chain: Callable[..., Results],
-    layout: torch.memory_format | None = None,
+    last: bool = False,
 ) -> Results:
-    """The task as these functions compute it, a few images at a time."""
+    """The task as these functions compute it, a few images (in channels_last) at a time."""
     p = task.problem
     pieces: list[Results] = []
     for given, *rest in _pieces(task):
-        x = given if layout is None else given.contiguous(memory_format=layout)
+        x = given.contiguous(memory_format=channels_last_format(given)) if last else given
         if isinstance(p, ChainProblem):
             pieces.append(chain(replace(p, n=x.shape[0]), x, *rest))
         else:
@@ -372,10 +378,9 @@ def _cuda_seconds(call: Callable[[], Any], calls: int, sweep: Callable[[], None]
 def _sweeper(task: Task) -> Callable[[], None] | None:
     """What sweeps the caches before a call; None where nothing would be gained by it."""
     p = task.problem
-    if not isinstance(p, ConvProblem) or task.device.type != "cpu":
+    if not isinstance(p, Convolution) or task.device.type != "cpu":
         return None
-    weights = p.k * p.c // p.groups * p.r * p.s
-    if weights <= p.n * p.c * p.h * p.w + math.prod(p.out_shape):
+    if math.prod(p.weight_shape) <= math.prod(p.in_shape) + math.prod(p.out_shape):
         return None
     buffer = torch.empty(_SWEEP, dtype=torch.uint8)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_resnet.backends.kernel import Kernel, PackedChainKernel, PackedKernel, Prepared
 from fused_resnet.fold import Recipe
 from fused_resnet.graph import Graph, Named
-from fused_resnet.layers import Chained, Conv
+from fused_resnet.layers import Chained, Conv, Conv3d
 
 
 class Weights:
@@ -31,7 +31,11 @@ class Weights:
         self._own: dict[Named | Recipe, Tensor] = {}
 
     def packed(
-        self, kernel: PackedKernel, layer: Conv, graph: Graph, constants: Mapping[int, Tensor]
+        self,
+        kernel: PackedKernel,
+        layer: Conv | Conv3d,
+        graph: Graph,
+        constants: Mapping[int, Tensor],
     ) -> Prepared:
         """The layer's weight as its kernel wants it."""
         operands = tuple(constants[i] for i in layer.constants)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,14 @@ from torch import Tensor, nn
 
 from fused_resnet import backends
 from fused_resnet.numerics import error
-from fused_resnet.problem import RESIDUAL_EPILOGUES, ConvProblem, MaxPool
+from fused_resnet.problem import (
+    RESIDUAL_EPILOGUES,
+    Conv3dProblem,
+    Convolution,
+    ConvProblem,
+    MaxPool,
+    channels_last_format,
+)
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -44,6 +52,22 @@ def conv_problem(
     )  # fmt: skip
 
 
+def conv3d_problem(
+    n: int = 2,
+    c: int = 8,
+    size: tuple[int, int, int] = (4, 9, 7),
+    k: int = 12,
+    kernel: tuple[int, int, int] = (3, 3, 3),
+    stride: tuple[int, int, int] = (1, 1, 1),
+    padding: tuple[int, int, int] = (1, 1, 1),
+    dilation: tuple[int, int, int] = (1, 1, 1),
+    groups: int = 1,
+    epilogue: str = "relu",
+    dtype: torch.dtype = torch.float32,
+) -> Conv3dProblem:
+    return Conv3dProblem(n, c, size, k, kernel, stride, padding, dilation, groups, epilogue, dtype)
+
+
 #: Shapes that kernels get wrong: odd extents, asymmetric windows, groups, dilation, single pixels.
 GEOMETRIES = {
     "1x1": {"r": 1, "padding": (0, 0)},
@@ -70,7 +94,7 @@ GEOMETRIES = {
 
 
 class Args(NamedTuple):
-    """Tensors of a ``conv_affine_act`` problem."""
+    """Tensors of a ``conv_affine_act`` or ``conv3d_affine_act`` problem."""
 
     x: Tensor
     weight: Tensor
@@ -80,10 +104,10 @@ class Args(NamedTuple):
 
 
 def channels_last(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
+    return t.contiguous(memory_format=channels_last_format(t))
 
 
-def draw(p: ConvProblem, seed: int = 0) -> Args:
+def draw(p: Convolution, seed: int = 0) -> Args:
     """Random tensors of the problem's shapes; scales have both signs, some are zero."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -91,13 +115,13 @@ def draw(p: ConvProblem, seed: int = 0) -> Args:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     vectors = torch.float64 if p.dtype == torch.float64 else torch.float32
-    fan_in = p.c // p.groups * p.r * p.s
+    fan_in = math.prod(p.weight_shape[1:])
     scale = normal(p.k) * 1.5
     scale[:: max(p.k // 3, 2)] = 0.0
-    weight = normal(p.k, p.c // p.groups, p.r, p.s) / fan_in**0.5
+    weight = normal(*p.weight_shape) / fan_in**0.5
     residual = normal(*p.out_shape) if p.epilogue in RESIDUAL_EPILOGUES else None
     return Args(
-        channels_last(normal(p.n, p.c, p.h, p.w).to(p.dtype)),
+        channels_last(normal(*p.in_shape).to(p.dtype)),
         weight.to(p.dtype),
         scale.to(vectors),
         normal(p.k).to(vectors),
@@ -105,12 +129,13 @@ def draw(p: ConvProblem, seed: int = 0) -> Args:
     )
 
 
-def stock(p: ConvProblem, args: Args, dtype: torch.dtype | None = None) -> Tensor:
+def stock(p: Convolution, args: Args, dtype: torch.dtype | None = None) -> Tensor:
     """The problem by stock torch modules: in its own dtype, or in ``dtype``."""
     x, weight, scale, shift, residual = (
         None if t is None or dtype is None else t.to(dtype) for t in args
     ) if dtype is not None else args  # fmt: skip
-    y = nn.functional.conv2d(x, weight, None, p.stride, p.padding, p.dilation, p.groups)
+    conv = nn.functional.conv3d if x.dim() == 5 else nn.functional.conv2d
+    y = conv(x, weight, None, p.stride, p.padding, p.dilation, p.groups)
     mean, var = torch.zeros_like(scale), torch.ones_like(scale)
     z = nn.functional.batch_norm(y, mean, var, scale, shift, training=False, eps=0.0)
     if p.epilogue == "relu":
@@ -126,21 +151,21 @@ def stock(p: ConvProblem, args: Args, dtype: torch.dtype | None = None) -> Tenso
     return z
 
 
-def reference(p: ConvProblem, args: Args) -> Tensor:
+def reference(p: Convolution, args: Args) -> Tensor:
     """The problem in float64."""
     return stock(p, args, torch.float64)
 
 
-def call(p: ConvProblem, args: Args) -> Tensor:
+def call(p: Convolution, args: Args) -> Tensor:
     """The registered op on these tensors."""
     if p.pool is not None:
         return torch.ops.fused_resnet.conv_affine_relu_maxpool(
             *args[:4], p.stride, p.padding, p.dilation, p.groups,
             p.pool.kernel, p.pool.stride, p.pool.padding,
         )  # fmt: skip
-    return torch.ops.fused_resnet.conv_affine_act(
-        *args, p.stride, p.padding, p.dilation, p.groups, p.epilogue
-    )
+    ops = torch.ops.fused_resnet
+    op = ops.conv3d_affine_act if isinstance(p, Conv3dProblem) else ops.conv_affine_act
+    return op(*args, p.stride, p.padding, p.dilation, p.groups, p.epilogue)
 
 
 def assert_within_rule(
@@ -155,7 +180,9 @@ def assert_within_rule(
 
 def conv_kernels(op: str = "conv_affine_act") -> list[backends.Kernel]:
     """Every kernel of ``op`` that may run on the CPU."""
-    problem = conv_problem(n=1, h=4, w=4)
+    problem: Convolution = conv_problem(n=1, h=4, w=4)
+    if op == "conv3d_affine_act":
+        problem = conv3d_problem()
     if op == "conv_affine_relu_maxpool":
         problem = conv_problem(pool=MaxPool((3, 3), (2, 2), (1, 1)))
     return [k for k in backends.KERNELS if k.op == op and k.supports(problem, CPU) is None]

@@ -410,9 +410,6 @@ def test_another_kind_of_convolution_stays() -> None:
     model = TorchvisionLike(nn.BatchNorm2d(4), Standardised(4, 4, 3))
     with pytest.warns(FusedResNetWarning):
         assert not sites(fuse(model))
-    model3d = nn.Sequential(nn.Conv3d(2, 2, 1), nn.BatchNorm3d(2), nn.ReLU())
-    with pytest.warns(FusedResNetWarning):
-        assert not sites(fuse(model3d))
 
 
 # -------------------------------------------------------------------- what stock operators forgive

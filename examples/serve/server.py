@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import signal
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--budget", type=float, default=60.0, help="seconds to measure kernels")
     parser.add_argument("--wait", type=float, default=0.01, help="seconds to wait for a batch")
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds to wait; then 504")
     parser.add_argument("--max-bytes", type=int, default=20_000_000, help="of a request")
     parser.add_argument("--accelerator", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--workers", type=int, default=1, help="processes for each device")
@@ -108,8 +110,12 @@ def main() -> None:
         api,
         accelerator=a.accelerator,
         workers_per_device=a.workers,
+        timeout=a.timeout,
         max_payload_size=a.max_bytes,
     )
+    # LitServe ends its processes where it is interrupted; on SIGTERM, which containers and service
+    # managers send, it would leave them behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     server.run(host=a.host, port=a.port, generate_client_file=False)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from fused_resnet import images, zoo
 HERE = Path(__file__).parent
 MAX_BYTES = 3_000_000
 
+#: Seconds for an answer: plans for new batch sizes are made meanwhile, on what machine ever.
+_PATIENCE = 300
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -33,7 +37,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def url(model, tmp_path_factory):
+def server(model, tmp_path_factory):
+    """The address that takes photos, and the process behind it."""
     folder = tmp_path_factory.mktemp("serve")
     torch.save(model.state_dict(), folder / "mine.pt")
     with socket.socket() as s:
@@ -42,27 +47,43 @@ def url(model, tmp_path_factory):
     command = [sys.executable, str(HERE / "server.py"), "--model", "resnet18", "--accelerator"]
     command += ["cpu", "--weights", str(folder / "mine.pt"), "--port", str(port), "--wait", "0.2"]
     command += ["--max-bytes", str(MAX_BYTES), "--max-batch", "4", "--budget", "0"]
+    command += ["--timeout", str(_PATIENCE)]
     log = (folder / "log").open("w")
     env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
     base = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
-            assert server.poll() is None, (folder / "log").read_text()
+            assert process.poll() is None, (folder / "log").read_text()
             try:
                 if httpx.get(f"{base}/health").status_code == 200:
                     break
             except httpx.TransportError:
                 pass
             time.sleep(0.2)
-        yield f"{base}/predict"
+        yield f"{base}/predict", process
     finally:
-        server.terminate()
-        server.wait(30)
+        if _is_alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _is_alive(group):
+    """Whether a process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.fixture
+def url(server):
+    return server[0]
 
 
 def _post(url, content):
-    return httpx.post(url, files={"image": ("photo", content)}, timeout=60)
+    return httpx.post(url, files={"image": ("photo", content)}, timeout=_PATIENCE)
 
 
 def _png(path):
@@ -101,13 +122,24 @@ def test_photos_in_parallel_get_their_classes_and_broken_ones_a_reason(url, mode
 
 
 def test_requests_without_a_photo(url):
-    assert httpx.post(url, json={"image": "x"}, timeout=60).status_code == 422
-    answer = httpx.post(url, files={"picture": ("photo", PHOTOS[0])}, timeout=60)
+    assert httpx.post(url, json={"image": "x"}, timeout=_PATIENCE).status_code == 422
+    answer = httpx.post(url, files={"picture": ("photo", PHOTOS[0])}, timeout=_PATIENCE)
     assert answer.status_code == 422
     assert "image" in answer.text
-    assert httpx.post(url, content=b"\0\1", timeout=60).status_code == 422
-    assert httpx.get(url, timeout=60).status_code == 405
+    assert httpx.post(url, content=b"\0\1", timeout=_PATIENCE).status_code == 422
+    assert httpx.get(url, timeout=_PATIENCE).status_code == 405
 
 
 def test_a_photo_that_is_too_large(url):
     assert _post(url, b"\0" * (MAX_BYTES + 1)).status_code == 413
+
+
+def test_a_terminated_server_leaves_no_process_behind(server):
+    _, process = server
+    process.terminate()
+    process.wait(_PATIENCE)
+    for _ in range(100):
+        if not _is_alive(process.pid):
+            return
+        time.sleep(0.1)
+    raise AssertionError("processes of the server outlive it")

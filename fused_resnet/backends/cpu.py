@@ -23,7 +23,7 @@ def affine_act_(
     Without the compiled extension ATen does it in up to four passes.
 
     Args:
-        y: [N, K, H, W], dense in channels_last order; overwritten.
+        y: [N, K, H, W] or [N, K, D, H, W], dense in channels_last order; overwritten.
         scale: fp32 [K].
         shift: fp32 [K].
         residual: of y's shape, dtype and layout where the epilogue reads one.
@@ -31,7 +31,11 @@ def affine_act_(
     """
     if _build.extension is None:
         return finish(affine(y, scale, shift), residual, epilogue)
-    _build.extension.affine_act_(y, scale, shift, residual, epilogue)
+    flat, added = y, residual
+    if y.dim() == 5:  # The frames of a video, one under the other, are a tall image.
+        flat = y.flatten(2, 3)
+        added = None if residual is None else residual.flatten(2, 3)
+    _build.extension.affine_act_(flat, scale, shift, added, epilogue)
     return y
 
 

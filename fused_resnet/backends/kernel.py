@@ -32,16 +32,16 @@ class Kernel(ABC):
     A kernel is stateless apart from caches. ``run`` gets validated arguments: shapes and dtypes
     agree with the problem, every tensor lies on one device, nothing is empty. It allocates and
     returns its result, dense in channels_last order, and never synchronises with the device. For
-    ``conv_affine_act`` and ``conv_affine_relu_maxpool`` its arguments are ``(problem, x, weight,
-    scale, shift, residual)``; for ``add_relu`` they are ``(problem, a, b)``, and with
-    ``problem.inplace`` the result is written to, and is, ``a``. For ``bottleneck_chain`` they are
-    the op's tensors, and two tensors are returned.
+    ``conv_affine_act``, ``conv3d_affine_act`` and ``conv_affine_relu_maxpool`` its arguments are
+    ``(problem, x, weight, scale, shift, residual)``; for ``add_relu`` they are ``(problem, a, b)``,
+    and with ``problem.inplace`` the result is written to, and is, ``a``. For ``bottleneck_chain``
+    they are the op's tensors, and two tensors are returned.
     """
 
     #: Backend the kernel belongs to, as users name it: ``torch``, ``library``, ``triton`` ...
     backend: ClassVar[str]
-    #: The op it computes: ``conv_affine_act``, ``conv_affine_relu_maxpool``, ``add_relu`` or
-    #: ``bottleneck_chain``.
+    #: The op it computes: ``conv_affine_act``, ``conv3d_affine_act``, ``conv_affine_relu_maxpool``,
+    #: ``add_relu`` or ``bottleneck_chain``.
     op: ClassVar[str]
     #: Name within the backend, as tables print it.
     name: ClassVar[str]

@@ -9,6 +9,7 @@ own weights and one further pass applies scale, shift, residual and ReLU in fp32
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from fused_resnet.backends.cpu import add_relu_, affine_act_
 from fused_resnet.backends.kernel import Kernel, PackedKernel
 from fused_resnet.backends.torch_ import finish
-from fused_resnet.problem import ConvProblem
+from fused_resnet.problem import Convolution, ConvProblem, channels_last_format
 
 
 class Packed(NamedTuple):
@@ -28,8 +29,9 @@ class Packed(NamedTuple):
 
 
 def fold_scale(weight: Tensor, scale: Tensor) -> Tensor:
-    """fp32 ``weight`` [K, C, R, S] times ``scale`` [K], multiplied in float64 and rounded once."""
-    return (weight.double() * scale.double().view(-1, 1, 1, 1)).to(weight.dtype)
+    """fp32 ``weight`` [K, ...] times ``scale`` [K], multiplied in float64 and rounded once."""
+    factor = scale.double().view(-1, *(1,) * (weight.dim() - 1))
+    return (weight.double() * factor).to(weight.dtype)
 
 
 class OneDnnConv(PackedKernel):
@@ -37,7 +39,7 @@ class OneDnnConv(PackedKernel):
 
     backend, op, name = "library", "conv_affine_act", "onednn"
 
-    def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
+    def supports(self, problem: Convolution, device: torch.device) -> str | None:
         """CPU, fp32 and bf16."""
         if device.type != "cpu":
             return f"oneDNN runs on CPU tensors, not on {device.type}"
@@ -51,12 +53,12 @@ class OneDnnConv(PackedKernel):
             return f"only float32 and bfloat16 are offered, not {problem.dtype}"
         return None
 
-    def pack_key(self, problem: ConvProblem) -> tuple[object, ...]:
+    def pack_key(self, problem: Convolution) -> tuple[object, ...]:
         """OneDNN picks the layout of the weights for one geometry."""
-        size = (problem.n, problem.h, problem.w)
+        size = (problem.n, *problem.in_shape[2:])
         return (*size, problem.stride, problem.padding, problem.dilation)
 
-    def prepare(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
+    def prepare(self, problem: Convolution, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
         """Weights in oneDNN's blocked layout, with the scale folded in if they are fp32."""
         bias: Tensor | None = shift.detach()
         weight = weight.detach()
@@ -65,22 +67,22 @@ class OneDnnConv(PackedKernel):
         elif not bool((scale == 1).all()):
             bias = None
         packed = torch.ops.mkldnn._reorder_convolution_weight(
-            weight.contiguous(memory_format=torch.channels_last),
+            weight.contiguous(memory_format=channels_last_format(weight)),
             problem.padding,
             problem.stride,
             problem.dilation,
             problem.groups,
-            [problem.n, problem.c, problem.h, problem.w],
+            problem.in_shape,
         )
         return Packed(packed, bias)
 
-    def run(self, problem: ConvProblem, *args: Any) -> Tensor:
+    def run(self, problem: Convolution, *args: Any) -> Tensor:
         """See `Kernel`."""
         x, weight, scale, shift, residual = args
         p = problem
         packed = self.packed(p, weight, scale, shift)
         geometry = (p.padding, p.stride, p.dilation, p.groups)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=channels_last_format(x))
         conv = torch.ops.mkldnn._convolution_pointwise
         if packed.bias is None:
             z: Tensor = conv.default(x, packed.weight, None, *geometry, "none", [], "")
@@ -97,12 +99,18 @@ class OneDnnConv(PackedKernel):
         return finish(y, residual, p.epilogue)
 
 
+class OneDnnConv3d(OneDnnConv):
+    """As `OneDnnConv`, for videos."""
+
+    op = "conv3d_affine_act"
+
+
 class OneDnnStem(OneDnnConv):
     """The stem: convolution, scale, shift and ReLU in one oneDNN call, then max_pool2d."""
 
     op = "conv_affine_relu_maxpool"
 
-    def run(self, problem: ConvProblem, *args: Any) -> Tensor:
+    def run(self, problem: Convolution, *args: Any) -> Tensor:
         """See `Kernel`."""
         assert problem.pool is not None
         y = super().run(problem, *args)
@@ -117,7 +125,7 @@ class FoldedAtenConv(PackedKernel):
 
     backend, op, name = "library", "conv_affine_act", "aten_folded"
 
-    def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
+    def supports(self, problem: Convolution, device: torch.device) -> str | None:
         """CPU, fp32."""
         if device.type != "cpu":
             return f"meant for small inputs on the CPU, not for {device.type}"
@@ -140,12 +148,12 @@ class FoldedAtenConv(PackedKernel):
             return p.k * terms <= 65536 or terms >= 512
         return p.is_gemm and p.n * p.h * p.w <= 64 and torch.get_num_threads() == 1
 
-    def prepare(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
+    def prepare(self, problem: Convolution, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
         """Folded weights, dense in channels_last order."""
         folded = fold_scale(weight.detach(), scale)
         return Packed(folded.contiguous(memory_format=torch.channels_last), shift.detach())
 
-    def run(self, problem: ConvProblem, *args: Any) -> Tensor:
+    def run(self, problem: Convolution, *args: Any) -> Tensor:
         """See `Kernel`."""
         x, weight, scale, shift, residual = args
         packed = self.packed(problem, weight, scale, shift)
@@ -161,12 +169,47 @@ class FoldedAtenConv(PackedKernel):
         return finish(y, residual, problem.epilogue)
 
 
+class FoldedAtenConv3d(FoldedAtenConv):
+    """As `FoldedAtenConv`, for videos; ATen multiplies matrices where it leaves oneDNN aside."""
+
+    op = "conv3d_affine_act"
+
+    def promising(self, problem: Convolution, device: torch.device) -> bool:
+        """Where ATen leaves oneDNN aside by itself, and sums are long: for one small video.
+
+        oneDNN would be quicker there, but up to 5 times as far from float64 (measured, 512
+        channels, 3x3x3), more than the rule of ``fused_resnet.numerics`` allows.
+        """
+        p = problem
+        # What ATen asks of the tensors are their shapes: no memory is taken for them.
+        x, weight = (
+            torch.empty((), dtype=p.dtype, device="cpu").expand(shape)
+            for shape in (p.in_shape, p.weight_shape)
+        )
+        window = (p.stride, p.padding, p.dilation, False, (0, 0, 0), p.groups)
+        chosen = torch._C._select_conv_backend(x, weight, None, *window, None)
+        onednn = torch._C._ConvBackend.Mkldnn  # type: ignore[attr-defined]
+        return bool(chosen != onednn and math.prod(p.weight_shape[1:]) >= 512)
+
+    def prepare(self, problem: Convolution, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
+        """Folded weights, contiguous."""
+        return Packed(fold_scale(weight.detach(), scale).contiguous(), shift.detach())
+
+    def run(self, problem: Convolution, *args: Any) -> Tensor:
+        """See `Kernel`."""
+        x, weight, scale, shift, residual = args
+        packed = self.packed(problem, weight, scale, shift)
+        window = (problem.stride, problem.padding, problem.dilation, problem.groups)
+        y = torch.conv3d(x, packed.weight, packed.bias, *window)
+        return finish(y, residual, problem.epilogue)
+
+
 class CudnnConv(PackedKernel):
     """cuDNN's convolution + bias (+ residual) + ReLU in one call; TF32 as torch's flag says."""
 
     backend, op, name = "library", "conv_affine_act", "cudnn_relu"
 
-    def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
+    def supports(self, problem: Convolution, device: torch.device) -> str | None:
         """CUDA (not ROCm), fp32, epilogues that end in the ReLU that the call contains."""
         if device.type != "cuda" or torch.version.hip is not None:
             return f"cuDNN runs on NVIDIA GPUs, not on {device.type}"
@@ -178,16 +221,17 @@ class CudnnConv(PackedKernel):
             return f"cuDNN's call ends in a ReLU, epilogue {problem.epilogue!r} does not fit it"
         return None
 
-    def prepare(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
+    def prepare(self, problem: Convolution, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
         """Folded weights, dense in channels_last order."""
         folded = fold_scale(weight.detach(), scale)
-        return Packed(folded.contiguous(memory_format=torch.channels_last), shift.detach())
+        layout = channels_last_format(folded)
+        return Packed(folded.contiguous(memory_format=layout), shift.detach())
 
-    def run(self, problem: ConvProblem, *args: Any) -> Tensor:
+    def run(self, problem: Convolution, *args: Any) -> Tensor:
         """See `Kernel`."""
         x, weight, scale, shift, residual = args
         packed = self.packed(problem, weight, scale, shift)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=channels_last_format(x))
         geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
         if residual is None:
             return torch.cudnn_convolution_relu(x, packed.weight, packed.bias, *geometry)
@@ -196,9 +240,18 @@ class CudnnConv(PackedKernel):
         )
 
 
+class CudnnConv3d(CudnnConv):
+    """As `CudnnConv`, for videos: ATen gives cuDNN a bias of five dimensions there."""
+
+    op = "conv3d_affine_act"
+
+
 KERNELS: tuple[Kernel, ...] = (
     FoldedAtenConv(),
+    FoldedAtenConv3d(),
     OneDnnConv(),
+    OneDnnConv3d(),
     OneDnnStem(),
     CudnnConv(),
+    CudnnConv3d(),
 )

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fused_resnet.backends.kernel import Kernel
 from fused_resnet.freshness import capturing
-from fused_resnet.numerics import compose_chain
-from fused_resnet.problem import AddReluProblem, ChainProblem, ConvProblem
+from fused_resnet.numerics import compose_chain, convolve
+from fused_resnet.problem import AddReluProblem, ChainProblem, Convolution, channels_last_format
 
 
 def _unit_statistics(k: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``y * scale + shift`` per channel: one ATen pass, fp32 arithmetic, one rounding.
 
     Args:
-        y: [N, K, H, W].
+        y: [N, K, H, W] or [N, K, D, H, W].
         scale: fp32 [K] (float64 if y is).
         shift: as scale.
     """
@@ -63,23 +63,21 @@ class AtenConv(Kernel):
 
     backend, op, name = "torch", "conv_affine_act", "aten"
 
-    def supports(self, problem: ConvProblem, device: torch.device) -> str | None:
+    def supports(self, problem: Convolution, device: torch.device) -> str | None:
         """Everything is supported."""
         return None
 
-    def run(self, problem: ConvProblem, *args: Any) -> Tensor:
+    def run(self, problem: Convolution, *args: Any) -> Tensor:
         """See `Kernel`."""
         x, weight, scale, shift, residual = args
-        y = torch.conv2d(
-            x.contiguous(memory_format=torch.channels_last),
-            weight,
-            None,
-            problem.stride,
-            problem.padding,
-            problem.dilation,
-            problem.groups,
-        )
+        y = convolve(problem, x.contiguous(memory_format=channels_last_format(x)), weight)
         return finish(affine(y, scale, shift), residual, problem.epilogue)
+
+
+class AtenConv3d(AtenConv):
+    """As `AtenConv`, for videos."""
+
+    op = "conv3d_affine_act"
 
 
 class AtenStem(AtenConv):
@@ -87,7 +85,7 @@ class AtenStem(AtenConv):
 
     op = "conv_affine_relu_maxpool"
 
-    def run(self, problem: ConvProblem, *args: Any) -> Tensor:
+    def run(self, problem: Convolution, *args: Any) -> Tensor:
         """See `Kernel`."""
         assert problem.pool is not None
         y = super().run(problem, *args)
@@ -124,4 +122,10 @@ class AtenChain(Kernel):
         return compose_chain(problem, args, self._conv.run)
 
 
-KERNELS: tuple[Kernel, ...] = (AtenConv(), AtenStem(), AtenAddRelu(), AtenChain())
+KERNELS: tuple[Kernel, ...] = (
+    AtenConv(),
+    AtenConv3d(),
+    AtenStem(),
+    AtenAddRelu(),
+    AtenChain(),
+)

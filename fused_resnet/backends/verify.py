@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -22,9 +23,11 @@ from fused_resnet.problem import (
     RESIDUAL_EPILOGUES,
     AddReluProblem,
     ChainProblem,
+    Conv3dProblem,
     ConvProblem,
     MaxPool,
     Problem,
+    channels_last_format,
 )
 
 
@@ -77,6 +80,16 @@ def _problems(op: str, dtype: torch.dtype) -> Iterator[Problem]:
         yield ConvProblem(
             2, 3, 19, 23, 64, 7, 7, (2, 2), (3, 3), (1, 1), 1, "relu", dtype, True, pool
         )
+    elif op == "conv3d_affine_act":
+        videos = (  # c, k, kernel, stride, padding, groups
+            (8, 24, (3, 3, 3), (1, 1, 1), (1, 1, 1), 1),
+            (8, 24, (1, 3, 3), (1, 2, 2), (0, 1, 1), 1),
+            (16, 16, (3, 1, 1), (2, 1, 1), (1, 0, 0), 4),
+        )
+        for (c, k, kernel, step, zeros, groups), epilogue in itertools.product(videos, EPILOGUES):
+            yield Conv3dProblem(
+                2, c, (4, 9, 7), k, kernel, step, zeros, (1, 1, 1), groups, epilogue, dtype
+            )
     else:
         geometries = (  # c, k, kernel, stride, padding, groups
             (32, 48, 1, 1, 0, 1),
@@ -112,11 +125,12 @@ def _check(kernel: Kernel, problem: Problem, device: torch.device, infinite: boo
         return drawn.to(device, dtype)
 
     def image(shape: tuple[int, ...]) -> Tensor:
-        drawn = draw(*shape).contiguous(memory_format=torch.channels_last)
+        drawn = draw(*shape)
+        drawn = drawn.contiguous(memory_format=channels_last_format(drawn))
         if infinite:
-            drawn[0, 0, 0, 0] = float("nan")
-            drawn[-1, -1, -1, -1] = float("inf")
-            drawn[0, -1, 2, 3] = float("-inf")
+            drawn[(0,) * drawn.dim()] = float("nan")
+            drawn[(-1,) * drawn.dim()] = float("inf")
+            drawn[0, -1, ..., 2, 3] = float("-inf")
         return drawn
 
     def conv(k: int, c: int, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,8 +158,8 @@ def _check(kernel: Kernel, problem: Problem, device: torch.device, infinite: boo
         reference, stock = reference_chain(p, *args), stock_chain(p, *args)
     else:
         operands = (
-            image((p.n, p.c, p.h, p.w)),
-            draw(p.k, p.c // p.groups, p.r, p.s) / (p.c // p.groups * p.r * p.s) ** 0.5,
+            image(p.in_shape),
+            draw(*p.weight_shape) / math.prod(p.weight_shape[1:]) ** 0.5,
             draw(p.k, dtype=vectors) + 1.0,
             draw(p.k, dtype=vectors),
         )
