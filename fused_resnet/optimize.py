@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fused_resnet.chain import ChainedModel
 from fused_resnet.console import err
 from fused_resnet.cuda_graph import CudaGraph
+from fused_resnet.footprint import give_back
 from fused_resnet.in_place import tune_in_place
 from fused_resnet.judging import Judge
 from fused_resnet.plan import Plan, Policy
@@ -126,6 +128,8 @@ def optimize(
             known.save()
     if strict_shapes:
         plan.forget_source()
+    gc.collect()  # Traces are full of cycles.
+    give_back()
     return plan
 
 

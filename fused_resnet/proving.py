@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_resnet import backends, ops
 from fused_resnet.backends.kernel import Kernel
-from fused_resnet.graph import Graph, Literal, evaluate_constants, refs_in, substitute
+from fused_resnet.graph import Constants, Graph, Literal, refs_in, substitute
 from fused_resnet.layers import Chained, Conv, Layers, Plain, Tunable
 from fused_resnet.numerics import Error
 from fused_resnet.problem import AddReluProblem, ChainProblem
@@ -63,7 +63,7 @@ def walk(
     made = {*graph.inputs, *(i for layer in layers.layers for i in layer.results)}
     needed = {i for layer in layers.layers for i in layer.constants}
     needed |= set(refs_in(graph.outputs)) - made
-    constants = evaluate_constants(graph, layers.constant, state, needed)
+    constants = Constants(graph, layers.constant, state, needed)
     env: dict[int, Any] = dict(zip(graph.inputs, inputs, strict=True))
     last = last_reads(layers)
     wanted = wanted or {}
