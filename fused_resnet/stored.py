@@ -8,6 +8,7 @@ when it is asked for, into memory of its own.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a file by name, each read anew whenever it is asked for.
+    """The tensors of a file by name, each read when it is asked for if nobody holds it already.
 
     Args:
         path: of the file.
@@ -44,18 +45,23 @@ class StoredTensors(Mapping[str, Tensor]):
                 name: described(file.get_tensor(name))
                 for name in file.keys()  # noqa: SIM118  (it is no dict)
             }
+        self._held: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
         self._file = path.open("rb")
         size = int.from_bytes(self._file.read(8), "little")
         header: dict[str, Any] = json.loads(self._file.read(size))
         self._begin = {name: 8 + size + header[name]["data_offsets"][0] for name in self.like}
 
     def __getitem__(self, name: str) -> Tensor:
+        held = self._held.get(name)
+        if held is not None:
+            return held
         meta = self.like[name]
         found = torch.empty(meta.shape, dtype=meta.dtype)
         self._file.seek(self._begin[name])
         if self._file.readinto(found.view(-1).view(torch.uint8).numpy().data) != meta.nbytes:
             raise ValueError(f"it ends within {name}")
-        return found.to(self.device)
+        found = self._held[name] = found.to(self.device)
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.like)

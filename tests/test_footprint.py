@@ -77,8 +77,7 @@ def test_a_truncated_weight_is_told(tmp_path: Path) -> None:
     with StoredTensors(path) as stored:
         os.truncate(path, path.stat().st_size - 8)
         with pytest.raises(ValueError, match="it ends within"):
-            for name in stored:
-                stored[name]
+            dict(stored)
 
 
 def test_stored_tensors_are_those_of_the_format(tmp_path: Path) -> None:
