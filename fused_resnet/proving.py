@@ -163,11 +163,11 @@ def digest(
     layers: Layers,
     kernels: Mapping[int, Kernel],
     state: Mapping[str, Tensor],
-    tolerance: float | None,
+    *rule: object,
 ) -> str:
-    """A number that changes with the layers, the kernels, the weights or the tolerance."""
+    """A number that changes with the layers, the kernels, the weights or the rule for kernels."""
     hashed = hashlib.blake2b(digest_size=16)
-    hashed.update(json.dumps(["v1", tolerance]).encode())
+    hashed.update(json.dumps(["v1", *rule]).encode())
     for layer in layers.layers:
         if isinstance(layer, Plain):
             hashed.update(f"{layer.name} {layer.call.args} {layer.call.kwargs}".encode())

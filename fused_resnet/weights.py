@@ -30,6 +30,8 @@ class Weights:
         self._memory = set() if copied else {_address(t) for t in state.values()}
         self._packed: dict[Hashable, Prepared] = {}
         self._own: dict[Named | Recipe, Tensor] = {}
+        #: Bytes of what was packed by kernels that need more than the weights, beyond these.
+        self.expansion = 0
 
     def packed(
         self, kernel: PackedKernel, layer: Conv, graph: Graph, constants: Mapping[int, Tensor]
@@ -65,7 +67,10 @@ class Weights:
         key: Hashable = (kernel, layout, origins if known else (id(graph), weight, *vectors))
         if key not in self._packed:
             prepared = kernel.prepared(problem, *operands)
-            self._packed[key] = Prepared(_detached(prepared.value, operands))
+            value = _detached(prepared.value, operands)
+            if kernel.expands:
+                self.expansion += sum(map(_size, _tensors(value))) - operands[0].nbytes
+            self._packed[key] = Prepared(value)
         return self._packed[key]
 
     def of_chain(

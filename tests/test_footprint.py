@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fused_resnet
-from fused_resnet import planner
+from fused_resnet import numerics, planner, tuning
+from fused_resnet.problem import ConvProblem
 from fused_resnet.stored import Renamed, StoredTensors
 from tests.plans import assert_right, small_resnet
 
@@ -99,3 +100,35 @@ def test_stored_tensors_are_those_of_the_format(tmp_path: Path) -> None:
             assert torch.equal(stored[name], expected)
         assert set(Renamed(stored, "b.")) == {"half", "wide"}
         assert torch.equal(Renamed(stored, "b.")["half"], tensors["b.half"])
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 7, 5, 2), (40, 3)])
+def test_errors_are_taken_piece_by_piece(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = torch.randn(shape, dtype=torch.float64)
+    off = exact + 1e-3 * torch.randn(shape, dtype=torch.float64)
+    expected = (off - exact).norm() / exact.norm(), (off - exact).abs().max() / exact.abs().max()
+    monkeypatch.setattr(numerics, "_PIECE", 8)
+    found = numerics.error(off, exact)
+    assert (found.l2, found.worst) == pytest.approx(tuple(map(float, expected)))
+    if shape:
+        off.flatten()[-1] = torch.nan
+        assert not numerics.error(off, exact).finite
+
+
+@pytest.mark.parametrize("n", [1, 16])
+def test_references_are_computed_within_bounds(n: int) -> None:
+    geometry = (1, 1), (1, 1), (1, 1), 1, "relu", torch.float32
+    for c, h in ((64, 56), (128, 28), (256, 14), (512, 7)):
+        problem = ConvProblem(n, c, h, h, c, 3, 3, *geometry)
+        x = torch.randn(n, c, h, h)
+        weight, vector = torch.empty(c, c, 3, 3), torch.empty(c)
+        task = tuning.Task("conv_affine_act", problem, x.device, (x, weight, vector, vector, None))
+        pieces = tuning._pieces(task)
+        assert torch.equal(torch.cat([piece[0] for piece in pieces]), x)
+        for piece in pieces:
+            count = len(piece[0])
+            words = count * h * h * (9 * c + 3 * c)
+            assert count == 1 or 8 * words <= 32 * 2**20
+        assert len(pieces) < n or n == 1 or h == 56
