@@ -97,6 +97,7 @@ class Measured:
         latencies: seconds of single calls, in the order in which they ran; empty if not asked for.
         first_call: see `Probe`.
         peak_memory: see `Probe`.
+        serving_memory: see `Probe`.
         memory_method: see `Probe`.
         note: what went wrong.
         missing: why this contender could not run here; empty if it could.
@@ -110,6 +111,7 @@ class Measured:
     latencies: list[float] = field(default_factory=list)
     first_call: float | None = None
     peak_memory: int | None = None
+    serving_memory: int | None = None
     memory_method: str = ""
     note: str = ""
     missing: str = ""
@@ -634,6 +636,7 @@ class _Stage:
         if isinstance(found, Probe):
             measured.first_call = found.first_call
             measured.peak_memory = found.peak_memory
+            measured.serving_memory = found.serving_memory
             measured.memory_method = found.method
         else:
             measured.note = f"first call and memory could not be measured: {found}"

@@ -19,7 +19,9 @@ _LEGEND = (
     "All figures are measured. img/s: median over rounds in which the contenders took turns. "
     "vs: median of the ratios within the rounds, ± half the distance between their quartiles. "
     "first: first call in a fresh process, from the loaded stock model to the first result. "
-    "memory: peak of that process above what it held before. "
+    "peak: most memory of that process during this and two more calls, above the loaded stock "
+    "model. "
+    "serving: most memory during three later calls, weights included, all else let go. "
     "error: of the outputs, relative to float64. "
     "class: images whose best class is float64's. "
     "Each contender gets its input in its own memory layout."
@@ -83,7 +85,8 @@ def _network(model: str, results: list[Result]) -> Iterator[RenderableType]:
     )
     rows = table()
     rows.padding = (0, 1, 0, 0)
-    for name in ("", "", "img/s", "vs NCHW", "vs NHWC", "first", "memory", "error", "class"):
+    speeds, memory = ("img/s", "vs NCHW", "vs NHWC", "first"), ("peak", "serving")
+    for name in ("", "", *speeds, *memory, "error", "class"):
         rows.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
     for result in results:
         what = f"{SHORT_DTYPES.get(result.case.dtype, result.case.dtype)} x{result.case.batch}"
@@ -99,7 +102,8 @@ def _cells(result: Result, key: str, m: Measured) -> list[str]:
     name = f"[bold]{label(key)}[/]" if is_ours(key) else label(key)
     error = "-" if m.error is None else f"{m.error:.1e}"
     if not m.correct:
-        return [name, "[red]WRONG[/]", "-", "-", "-", "-", f"[red]{error}[/]", _percent(m.top1)]
+        blank = ["-"] * 5
+        return [name, "[red]WRONG[/]", *blank, f"[red]{error}[/]", _percent(m.top1)]
     speed = result.images_per_second(key)
     return [
         name,
@@ -108,6 +112,7 @@ def _cells(result: Result, key: str, m: Measured) -> list[str]:
         _ratio(result, key, "stock_nhwc"),
         "-" if m.first_call is None else duration(m.first_call),
         "-" if m.peak_memory is None else megabytes(m.peak_memory),
+        "-" if m.serving_memory is None else megabytes(m.serving_memory),
         error,
         _percent(m.top1),
     ]

@@ -71,7 +71,10 @@ def _fused(name: str, stock: nn.Module, _example: Tensor) -> Run:
 
 
 def _plan(name: str, stock: nn.Module, example: Tensor) -> Run:
-    return optimize(zoo.fused(name, stock), example, progress=False)
+    plan = optimize(zoo.fused(name, stock), example, progress=False)
+    if plan.shapes:
+        plan.forget_source()  # It meets no other shapes, and so needs no weights but packed ones.
+    return plan
 
 
 def _cudnn(name: str, stock: nn.Module, example: Tensor) -> Run:

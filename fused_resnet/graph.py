@@ -422,10 +422,11 @@ def constant_calls(graph: Graph) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
     return tuple(constant), tuple(other)
 
 
-def evaluate_constants(
-    graph: Graph, constant: tuple[Call, ...], state: Mapping[str, Tensor], needed: set[int]
-) -> dict[int, Tensor]:
-    """The values of the constants in ``needed``.
+class Constants(Mapping[int, Tensor]):
+    """The values of a graph's constants, each made when it is first asked for.
+
+    Those that have a name come from ``state`` every time: if it reads them from a file, no more of
+    them are in memory than somebody holds.
 
     Args:
         graph: whose constants they are.
@@ -433,30 +434,55 @@ def evaluate_constants(
         state: parameters and buffers by name.
         needed: values that are asked for.
     """
-    made = {call.result: call for call in constant}
-    values: dict[int, Any] = {}
 
-    def value(i: int) -> Any:
-        if i not in values:
-            origin = graph.origins.get(i)
-            if isinstance(origin, Named):
-                values[i] = state[origin.name].detach()
-            elif isinstance(origin, Recipe):
-                values[i] = origin.cook(state)
+    def __init__(
+        self,
+        graph: Graph,
+        constant: tuple[Call, ...],
+        state: Mapping[str, Tensor],
+        needed: set[int],
+    ) -> None:
+        self._graph = graph
+        self._calls = {call.result: call for call in constant}
+        self._state = state
+        self._needed = needed
+        self._made: dict[int, Any] = {}
+
+    def __getitem__(self, i: int) -> Tensor:
+        if i not in self._needed:
+            raise KeyError(i)
+        with torch.inference_mode(False), torch.no_grad():
+            value: Tensor = self._value(i)
+        return value
+
+    def __contains__(self, i: object) -> bool:
+        return i in self._needed
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self._needed))
+
+    def __len__(self) -> int:
+        return len(self._needed)
+
+    def _value(self, i: int) -> Any:
+        origin = self._graph.origins.get(i)
+        if isinstance(origin, Named):
+            return self._state[origin.name].detach()
+        if i not in self._made:
+            if isinstance(origin, Recipe):
+                self._made[i] = origin.cook(self._state)
             elif isinstance(origin, Literal):
-                values[i] = origin.tensor
+                self._made[i] = origin.tensor
             else:
-                call = made[i]
-                args, kwargs = substitute((call.args, call.kwargs), value)
-                values[i] = call.op(*args, **kwargs)
-        return values[i]
-
-    with torch.inference_mode(False), torch.no_grad():
-        return {i: value(i) for i in sorted(needed)}
+                call = self._calls[i]
+                args, kwargs = substitute((call.args, call.kwargs), self._value)
+                self._made[i] = call.op(*args, **kwargs)
+        return self._made[i]
 
 
 __all__ = [
     "Call",
+    "Constants",
     "Graph",
     "Literal",
     "Meta",
@@ -465,7 +491,6 @@ __all__ = [
     "Ref",
     "capture",
     "constant_calls",
-    "evaluate_constants",
     "rewritten",
     "substitute",
 ]

@@ -103,7 +103,7 @@ class Segments:
             return None
         packed = self.weights.packed(kernel, layer, self.layers.graph, self.constants)
         scale, shift = (
-            self.weights.own(self.layers.graph, i, self.constants[i])
+            self.weights.own(self.layers.graph, i, self.constants)
             for i in (layer.scale, layer.shift)
         )
         x = self._instead.get(layer.x, layer.x) if self._is_stem(layer) else layer.x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fused_resnet.chain import ChainedModel
 from fused_resnet.console import err
 from fused_resnet.cuda_graph import CudaGraph
+from fused_resnet.footprint import give_back
 from fused_resnet.in_place import tune_in_place
 from fused_resnet.judging import Judge
 from fused_resnet.plan import Plan, Policy
@@ -40,6 +42,7 @@ def optimize(
     strict_shapes: bool = False,
     dynamic: bool = False,
     max_plans: int = 8,
+    compact: bool = False,
     cuda_graph: bool = True,
     progress: bool | Callable[[str, float], None] | None = None,
 ) -> Plan:
@@ -81,6 +84,8 @@ def optimize(
             Otherwise those run through the fused model.
         dynamic: make programs for other shapes as they come, with kernels chosen by what is known.
         max_plans: programs kept that were made so; the least recently used goes first.
+        compact: leave out kernels whose packed weights take more memory than the weights do, such
+            as Winograd's that keep them transformed (1.8 to 4 times the bytes of a 3x3).
         cuda_graph: on CUDA, capture the program into a graph.
         progress: whether to show a progress bar, by default if standard error is a terminal; or a
             function that is told what is going on and the share that is done.
@@ -97,7 +102,7 @@ def optimize(
     """
     if isinstance(model, ChainedModel):
         model = model.unchained()
-    settings = _settings(mode, tolerance, budget)
+    settings = _settings(mode, tolerance, budget, compact)
     policy = Policy(strict_shapes, dynamic, max_plans, cuda_graph)
     args, kwargs = arguments(example)
     source = Source(model, dtype)
@@ -126,10 +131,12 @@ def optimize(
             known.save()
     if strict_shapes:
         plan.forget_source()
+    gc.collect()  # Traces are full of cycles.
+    give_back()
     return plan
 
 
-def _settings(mode: str, tolerance: float | None, budget: float | None) -> Settings:
+def _settings(mode: str, tolerance: float | None, budget: float | None, compact: bool) -> Settings:
     if mode not in EFFORTS:
         raise ValueError(f"unknown mode {mode!r}; one of {', '.join(EFFORTS)}")
     if tolerance is not None and not 0.0 <= tolerance < 1.0:
@@ -138,7 +145,7 @@ def _settings(mode: str, tolerance: float | None, budget: float | None) -> Setti
         budget = 600.0 if mode == "max" else 60.0
     if not budget >= 0.0:
         raise ValueError(f"budget must not be negative, got {budget}")
-    return Settings(mode, tolerance, budget)
+    return Settings(mode, tolerance, budget, compact)
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +25,7 @@ from fused_resnet.plan_report import MemoryReport, PlanReport, memory_report, re
 from fused_resnet.planner import Decision, Settings, decide_again, decide_untimed
 from fused_resnet.program import Program
 from fused_resnet.source import Source, converted_state
+from fused_resnet.stored import described
 from fused_resnet.tracing import Untraceable
 from fused_resnet.tuned_table import TunedTable
 from fused_resnet.warn import FusedResNetWarning, warn
@@ -84,6 +87,21 @@ class Content:
     specialisations: Mapping[Hashable, Specialisation]
 
 
+def _hidden_from_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As ``torch.compiler.disable``, which would import the compiler: 73 MB, half a second."""
+    hidden: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:  # Nobody compiles.
+            return function(*args, **kwargs)
+        if not hidden:
+            hidden.append(torch.compiler.disable(function))
+        return hidden[0](*args, **kwargs)
+
+    return call
+
+
 class Plan(nn.Module):
     """A network specialised to its device, dtype and shapes, for inference.
 
@@ -108,12 +126,14 @@ class Plan(nn.Module):
         policy: Policy,
         table: TunedTable,
         source: Source | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self._name = name
         self._weights = weights
-        self._like = {n: torch.empty_like(t, device="meta") for n, t in like.items()}
-        self._device = next((t.device for t in like.values()), torch.device("cpu"))
+        self._like = {n: described(t) for n, t in like.items()}
+        first = next((t.device for t in like.values()), torch.device("cpu"))
+        self._device = first if device is None else device
         self._settings = settings
         self._policy = policy
         self._table = table
@@ -125,7 +145,7 @@ class Plan(nn.Module):
 
     # ------------------------------------------------------------------------------------ execution
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_hidden_from_compiler
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for these arguments.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch._ops import OpOverload
@@ -29,12 +29,14 @@ from fused_resnet.backends.kernel import Kernel
 from fused_resnet.chain_planner import ChainOutcome
 from fused_resnet.chaining import chained, find
 from fused_resnet.fold import Recipe
+from fused_resnet.footprint import give_back
 from fused_resnet.graph import Call, Graph, Literal, Meta, Named, Origin, Ref
 from fused_resnet.layers import Chained, Layers, Span, Tunable, lower
 from fused_resnet.plan import Plan, Policy
 from fused_resnet.planner import Decision, Outcome, Settings
 from fused_resnet.proving import tunable
 from fused_resnet.source import converted_state
+from fused_resnet.stored import Renamed, StoredTensors
 from fused_resnet.tuned_table import environment_of, table
 from fused_resnet.version import __version__
 from fused_resnet.warn import warn
@@ -221,19 +223,20 @@ def load(path: str | Path, *, device: torch.device | str | None = None) -> Plan:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            description = _description(path, metadata)
-            where = _device(path, description, device)
-            tensors = {name: file.get_tensor(name).to(where) for name in file.keys()}  # noqa: SIM118
+        stored = StoredTensors(path)
     except SafetensorError as e:
         raise PlanFileError(f"{path} is no plan, it cannot be read: {e}") from None
-    try:
-        return _plan(path, description, tensors, where)
-    except PlanFileError:
-        raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
-        raise PlanFileError(f"{path} is damaged ({type(e).__name__}: {e})") from e
+    with stored:
+        description = _description(path, stored.metadata)
+        stored.device = _device(path, description, device)
+        try:
+            plan = _plan(path, description, stored, stored.device)
+        except PlanFileError:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+            raise PlanFileError(f"{path} is damaged ({type(e).__name__}: {e})") from e
+    give_back()
+    return plan
 
 
 def _description(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -266,19 +269,17 @@ def _device(
 
 
 def _plan(
-    path: Path, description: dict[str, Any], tensors: Mapping[str, Tensor], device: torch.device
+    path: Path, description: dict[str, Any], stored: StoredTensors, device: torch.device
 ) -> Plan:
-    state = {n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")}
+    like = Renamed(stored.like, "state.")
     settings = Settings(**description["settings"])
-    weights = Weights(state)
+    weights = Weights(Renamed(stored, "state."), copied=True)
     policy = Policy(strict=True, cuda_graph=bool(description["cuda_graph"]))
-    plan = Plan(str(description["model"]), weights, state, settings, policy, table())
+    plan = Plan(str(description["model"]), weights, like, settings, policy, table(), device=device)
     replaced: list[str] = []
     for number, part in enumerate(description["parts"]):
         literals = {
-            int(n.rpartition(".")[2]): t
-            for n, t in tensors.items()
-            if n.startswith(f"literal.{number}.")
+            int(name): tensor for name, tensor in Renamed(stored, f"literal.{number}.").items()
         }
         graph = _decode_graph(part["graph"], literals, device)
         layers, missing = _layers(lower(graph), part, device)

@@ -31,6 +31,8 @@ class MemoryReport:
 
     Attributes:
         weights: packed ones, and others that the plan holds.
+        expansion: bytes of the packed weights that are there since kernels keep weights in a larger
+            form, as Winograd's transformed ones.
         stock_weights: parameters and buffers of the model.
         arena: activations of native programs.
         activations: all other activations.
@@ -42,12 +44,19 @@ class MemoryReport:
     arena: int
     activations: int
     stock_activations: int
+    expansion: int = 0
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"weights {megabytes(self.weights)} (stock {megabytes(self.stock_weights)}), "
             f"activations {megabytes(self.arena + self.activations)} "
             f"(stock {megabytes(self.stock_activations)})"
+        )
+        if not self.expansion:
+            return text
+        return (
+            f"{text}; {megabytes(self.expansion)} of the weights are there since some kernels keep "
+            "them transformed, which optimize(..., compact=True) leaves out"
         )
 
 
@@ -242,13 +251,14 @@ def memory_report(
     found = [program.memory for program in programs]
     largest = max(found, key=lambda m: m.stock_activations, default=None)
     if largest is None:
-        return MemoryReport(weights.bytes, stock, 0, 0, 0)
+        return MemoryReport(weights.bytes, stock, 0, 0, 0, weights.expansion)
     return MemoryReport(
         weights.bytes,
         stock,
         sum(m.arena for m in found),
         largest.activations,
         largest.stock_activations,
+        weights.expansion,
     )
 
 

@@ -74,11 +74,18 @@ class Settings:
         mode: ``balanced``, ``max`` or ``strict``.
         tolerance: for inexact kernels; None for the dtype's own.
         budget: seconds for measuring.
+        compact: whether kernels that expand their weights are left out.
     """
 
     mode: str = "balanced"
     tolerance: float | None = None
     budget: float = 60.0
+    compact: bool = False
+
+    @property
+    def rule(self) -> tuple[object, ...]:
+        """What decides, beside weights and measurements, which kernels a plan may have."""
+        return (self.tolerance, "compact") if self.compact else (self.tolerance,)
 
     def tolerance_of(self, dtype: torch.dtype) -> float | None:
         """The error by norm up to which inexact kernels are admitted; None if they are not."""
@@ -282,7 +289,7 @@ class _Planner:
         self.measure_chains()
         chained = self.chaining.layers_of(self.chaining.choose())
         best = self.best(chained)
-        number = digest(chained, best.kernels, self.state, self.settings.tolerance)
+        number = digest(chained, best.kernels, self.state, *self.settings.rule)
         known = self.from_proof(self.table.proof(self.device, number))
         if known is not None:
             return known
@@ -298,7 +305,7 @@ class _Planner:
 
     def decide_again(self, old: Decision) -> Decision:
         layers = self.chaining.layers_of(old.layers.spans)
-        number = digest(layers, old.kernels, self.state, self.settings.tolerance)
+        number = digest(layers, old.kernels, self.state, *self.settings.rule)
         known = self.from_proof(self.table.proof(self.device, number))
         if known is not None:
             return known
@@ -398,7 +405,7 @@ class _Planner:
             tolerance = None if exact_only else self.settings.tolerance_of(layer.problem.dtype)
             for timing in entry.ranked(tolerance):
                 kernel = backends.named(layer.op, timing.kernel, layer.problem, self.device)
-                if kernel is not None:
+                if kernel is not None and not (self.settings.compact and kernel.expands):
                     found.append(kernel)
         heuristic = backends.choose(layer.op, layer.problem, self.device).kernel
         return list(dict.fromkeys((*found, heuristic)))

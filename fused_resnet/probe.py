@@ -7,8 +7,6 @@ to one contender alone.
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import gc
 import json
 import subprocess
@@ -16,12 +14,11 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from fused_resnet import backends, zoo
+from fused_resnet import backends, footprint, zoo
 from fused_resnet.contenders import CONTENDERS
 
 
@@ -57,13 +54,17 @@ class Probe:
     Attributes:
         first_call: seconds from the loaded stock model to the first result: fusing, choosing and
             verifying kernels, packing weights, compiling, and the call itself.
-        peak_memory: bytes at the peak of three calls above those held before: activations, packed
-            weights, workspaces. None where the system does not tell.
+        peak_memory: bytes at the peak of three calls, the first among them, above those held
+            before: activations, packed weights, workspaces. None where the system does not tell.
+        serving_memory: bytes at the peak of three later calls, once all is gone that the contender
+            does not hold: the network's weights in whatever form, activations, the engine. What it
+            takes to go on serving. None as above.
         method: how the memory was measured.
     """
 
     first_call: float
     peak_memory: int | None
+    serving_memory: int | None
     method: str
 
 
@@ -116,7 +117,15 @@ def _run(task: ProbeTask) -> Probe:
         for _ in range(2):
             run(x)
         peak, method = _peak(device)
-    return Probe(first_call, None if before is None or peak is None else peak - before, method)
+        weights = sum(t.nbytes for t in stock.state_dict().values())
+        del stock
+        _reset_peak(device)
+        for _ in range(3):
+            run(x)
+        serving, _ = _peak(device)
+    if before is None or peak is None or serving is None:
+        return Probe(first_call, None, None, method)
+    return Probe(first_call, peak - before, serving - before + weights, method)
 
 
 def _reset_peak(device: torch.device) -> int | None:
@@ -126,30 +135,14 @@ def _reset_peak(device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return int(torch.cuda.memory_allocated(device))
-    libc = ctypes.CDLL(ctypes.util.find_library("c"))
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # What was freed must not hide what is needed.
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak becomes what is held now.
-    except OSError:
-        return None
-    return _status("VmRSS")
+    footprint.give_back()  # What was freed must not hide what is needed.
+    return footprint.resident() if footprint.reset_peak() else None
 
 
 def _peak(device: torch.device) -> tuple[int | None, str]:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device)), "torch.cuda.max_memory_allocated"
-    return _status("VmHWM"), "VmHWM of /proc/self/status"
-
-
-def _status(key: str) -> int | None:
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{key}:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    return footprint.peak(), "VmHWM of /proc/self/status"
 
 
 def _main() -> None:

@@ -19,7 +19,7 @@ from fused_resnet import native, ops
 from fused_resnet.backends.cpu_program import CpuProgram
 from fused_resnet.backends.cpu_program import Step as NativeStep
 from fused_resnet.backends.kernel import Kernel, PackedKernel
-from fused_resnet.graph import evaluate_constants, refs_in, substitute
+from fused_resnet.graph import Constants, refs_in, substitute
 from fused_resnet.layers import AddRelu, Chained, Conv, Conv3d, Layer, Layers, Plain, lower
 from fused_resnet.problem import channels_last_format
 from fused_resnet.weights import Weights
@@ -82,7 +82,7 @@ class Program:
         needed = {i for layer in layers.layers for i in layer.constants}
         made = {*graph.inputs, *(i for layer in layers.layers for i in layer.results)}
         needed |= set(refs_in(graph.outputs)) - made
-        constants = evaluate_constants(graph, layers.constant, weights.state, needed)
+        constants = Constants(graph, layers.constant, weights.state, needed)
         builder = _Builder(layers, self.kernels, weights, constants, join)
         self.join = join
         self.steps = builder.steps()
@@ -177,7 +177,7 @@ class _Builder:
     def hold(self, value: int) -> Tensor:
         """A constant that stays in the environment."""
         if value not in self.held:
-            self.held[value] = self.weights.own(self.layers.graph, value, self.constants[value])
+            self.held[value] = self.weights.own(self.layers.graph, value, self.constants)
         return self.held[value]
 
     def template(self) -> list[Any]:
@@ -264,13 +264,13 @@ class _Builder:
         kernel, problem = self.kernels[layer.result], layer.problem
         graph = self.layers.graph
         scale, shift = (
-            self.weights.own(graph, i, self.constants[i]) for i in (layer.scale, layer.shift)
+            self.weights.own(graph, i, self.constants) for i in (layer.scale, layer.shift)
         )
         first: Any
         if isinstance(kernel, PackedKernel):
             first = self.weights.packed(kernel, layer, graph, self.constants)
         else:
-            first = self.weights.own(graph, layer.weight, self.constants[layer.weight])
+            first = self.weights.own(graph, layer.weight, self.constants)
         x, target = self.slot(layer.x), self.slot(layer.result)
         residual = None if layer.residual is None else self.slot(layer.residual)
 

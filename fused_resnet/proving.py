@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_resnet import backends, ops
 from fused_resnet.backends.kernel import Kernel
-from fused_resnet.graph import Graph, Literal, evaluate_constants, refs_in, substitute
+from fused_resnet.graph import Constants, Graph, Literal, refs_in, substitute
 from fused_resnet.layers import Chained, Conv, Conv3d, Layers, Plain, Tunable
 from fused_resnet.numerics import Error
 from fused_resnet.problem import AddReluProblem, ChainProblem, channels_last_format
@@ -63,7 +63,7 @@ def walk(
     made = {*graph.inputs, *(i for layer in layers.layers for i in layer.results)}
     needed = {i for layer in layers.layers for i in layer.constants}
     needed |= set(refs_in(graph.outputs)) - made
-    constants = evaluate_constants(graph, layers.constant, state, needed)
+    constants = Constants(graph, layers.constant, state, needed)
     env: dict[int, Any] = dict(zip(graph.inputs, inputs, strict=True))
     last = last_reads(layers)
     wanted = wanted or {}
@@ -164,11 +164,11 @@ def digest(
     layers: Layers,
     kernels: Mapping[int, Kernel],
     state: Mapping[str, Tensor],
-    tolerance: float | None,
+    *rule: object,
 ) -> str:
-    """A number that changes with the layers, the kernels, the weights or the tolerance."""
+    """A number that changes with the layers, the kernels, the weights or the rule for kernels."""
     hashed = hashlib.blake2b(digest_size=16)
-    hashed.update(json.dumps(["v1", tolerance]).encode())
+    hashed.update(json.dumps(["v1", *rule]).encode())
     for layer in layers.layers:
         if isinstance(layer, Plain):
             hashed.update(f"{layer.name} {layer.call.args} {layer.call.kwargs}".encode())

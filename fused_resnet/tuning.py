@@ -51,8 +51,8 @@ from fused_resnet.problem import (
 from fused_resnet.tuned_table import Entry, Timing
 from fused_resnet.warn import FusedResNetWarning
 
-#: Images that errors are taken from at once: float64 needs memory.
-_CHUNK = 4
+#: Images that errors are taken from at once, at most, and bytes in float64: they need memory.
+_CHUNK, _CHUNK_BYTES = 4, 32 * 2**20
 #: Rounds after which a kernel so many times as slow as the best leaves.
 _EARLY_ROUNDS, _FAR_BEHIND = 3, 1.5
 #: Bytes that are written to sweep the caches.
@@ -283,12 +283,23 @@ def _pieces(task: Task) -> list[tuple[Any, ...]]:
     batched = (0, 1) if isinstance(task.problem, ChainProblem) else (0, 4)
     x = args[0]
     assert x is not None
-    count = len(x.split(_CHUNK))
+    size = _images_at_once(task.problem)
+    count = len(x.split(size))
     columns = [
-        a.split(_CHUNK) if i in batched and a is not None else [a] * count
-        for i, a in enumerate(args)
+        a.split(size) if i in batched and a is not None else [a] * count for i, a in enumerate(args)
     ]
     return list(zip(*columns, strict=True))
+
+
+def _images_at_once(problem: Problem) -> int:
+    """How many images are computed in float64 together."""
+    if not isinstance(problem, ConvProblem):
+        return _CHUNK
+    # The operands of the products are written out, of each output pixel its window of x; of the
+    # result there are three while the epilogue is computed.
+    windows = problem.flops // (2 * problem.k)
+    words = windows + 3 * problem.n * problem.k * math.prod(problem.conv_size)
+    return max(1, min(_CHUNK, _CHUNK_BYTES * problem.n // (8 * words)))
 
 
 def _verified(

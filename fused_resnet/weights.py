@@ -22,13 +22,16 @@ class Weights:
 
     Args:
         state: parameters and buffers by name.
+        copied: whether they are nobody else's memory: read from a file whenever they are asked for.
     """
 
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
+    def __init__(self, state: Mapping[str, Tensor], copied: bool = False) -> None:
         self.state = state
-        self._memory = {_address(t) for t in state.values()}
+        self._memory = set() if copied else {_address(t) for t in state.values()}
         self._packed: dict[Hashable, Prepared] = {}
         self._own: dict[Named | Recipe, Tensor] = {}
+        #: Bytes of what was packed by kernels that need more than the weights, beyond these.
+        self.expansion = 0
 
     def packed(
         self,
@@ -68,7 +71,10 @@ class Weights:
         key: Hashable = (kernel, layout, origins if known else (id(graph), weight, *vectors))
         if key not in self._packed:
             prepared = kernel.prepared(problem, *operands)
-            self._packed[key] = Prepared(_detached(prepared.value, operands))
+            value = _detached(prepared.value, operands)
+            if kernel.expands:
+                self.expansion += sum(map(_size, _tensors(value))) - operands[0].nbytes
+            self._packed[key] = Prepared(value)
         return self._packed[key]
 
     def of_chain(
@@ -92,19 +98,21 @@ class Weights:
                 layout = layouts[number]
                 first = self.packed_as(kernel, layout, graph, weight, operands, packs)
             else:
-                first = self.own(graph, weight, operands[0])
-            found += [first, *(self.own(graph, i, constants[i]) for i in vectors)]
+                first = self.own(graph, weight, constants)
+            found += [first, *(self.own(graph, i, constants) for i in vectors)]
         return found
 
-    def own(self, graph: Graph, value: int, tensor: Tensor) -> Tensor:
+    def own(self, graph: Graph, value: int, constants: Mapping[int, Tensor]) -> Tensor:
         """A constant that steps read as it is: a copy where it is the model's memory."""
-        if _address(tensor) not in self._memory:
-            return tensor
-        copy = tensor.clone(memory_format=torch.preserve_format)
         origin = graph.origins.get(value)
-        if not isinstance(origin, Named | Recipe):
-            return copy
-        return self._own.setdefault(origin, copy)
+        if isinstance(origin, Named | Recipe) and origin in self._own:
+            return self._own[origin]
+        tensor = constants[value]
+        if _address(tensor) in self._memory:
+            tensor = tensor.clone(memory_format=torch.preserve_format)
+        if isinstance(origin, Named | Recipe):
+            self._own[origin] = tensor
+        return tensor
 
     def release(self) -> None:
         """Let go of the weights themselves: no more programs can be made."""

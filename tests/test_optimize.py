@@ -671,6 +671,27 @@ def test_refit_with_weights_that_break_winograd() -> None:
     assert_right(plan(x), model, x)
 
 
+@pytest.mark.usefixtures("tuned", "winograd_is_fastest")
+def test_a_compact_plan_keeps_no_weights_in_a_larger_form() -> None:
+    # Behind a mean, in which errors of single elements are lost.
+    conv = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+    model = nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval()
+    x = torch.randn(1, 64, 16, 16)
+    plain = fused_resnet.optimize(model, x)
+    assert rows(plain)[0].kernel == "cpu/winograd4"
+    # 36 numbers of the transformed weights in the place of 9.
+    assert plain.memory.expansion == 64 * 64 * 27 * 4
+    assert "compact=True" in str(plain.explain())
+    for _ in range(2):  # Measured, and known.
+        compact = fused_resnet.optimize(model, x, compact=True)
+        assert rows(compact)[0].kernel not in ("cpu/winograd4", "cpu/winograd2")
+        assert compact.memory.expansion == 0
+        vectors = 2 * 64 * 4
+        assert compact.memory.weights <= compact.memory.stock_weights + vectors
+        assert "compact=True" not in str(compact.explain())
+    assert rows(fused_resnet.optimize(model, x))[0].kernel == "cpu/winograd4"
+
+
 @pytest.mark.usefixtures("tuned")
 def test_refit_refuses_an_example_of_other_shapes() -> None:
     model = blocks()

@@ -43,8 +43,9 @@ from fused_resnet.backends.triton_.config import (
     heuristic,
     stem_pool_tile,
 )
+from fused_resnet.backends.triton_.dense import nearest_tf32
 from fused_resnet.backends.triton_.launch import TYPES
-from fused_resnet.backends.triton_.layout import nearest_tf32, row_weights
+from fused_resnet.backends.triton_.layout import row_weights
 from fused_resnet.backends.triton_.plans import (
     add_relu_launch,
     conv_launches,

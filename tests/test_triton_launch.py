@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="this torch comes without Triton")
 
-from fused_resnet.backends.triton_ import config, kernels, layout, paths
+from fused_resnet.backends.triton_ import config, kernels, launch, layout, paths
 from fused_resnet.backends.triton_.config import ARCHS
 from fused_resnet.problem import AddReluProblem, ConvProblem
 
@@ -34,7 +34,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch):
     found = Recorder()
-    for module in (paths, layout, kernels):
+    for module in (paths, layout, launch):
         monkeypatch.setattr(module, "bind", found)
     layout._pad_start.cache_clear()
     kernels._add_relu_start.cache_clear()

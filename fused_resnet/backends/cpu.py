@@ -278,6 +278,11 @@ class WinogradConv(NativeConv):
 
     exact = False
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        # Transformed when they are packed: (m + 2)^2 numbers in the place of 9.
+        self.expands = not name.endswith("_compact")  # type: ignore[misc]
+
 
 class AmxConv(NativeConv):
     """The convolution on AMX tiles: bf16, fp32 sums and epilogue.

@@ -49,6 +49,8 @@ class Kernel(ABC):
     #: for it whatever the weights. Others, as Winograd's, run only where a plan has measured their
     #: error on the layer at hand and the user's tolerance admits it.
     exact: ClassVar[bool] = True
+    #: Whether its packed weights take more memory than the weights do.
+    expands: ClassVar[bool] = False
 
     @abstractmethod
     def supports(self, problem: Any, device: torch.device) -> str | None:

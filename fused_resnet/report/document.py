@@ -23,7 +23,8 @@ _FIRST_CALL = (
     "In a fresh process, from the loaded stock model to the first result: fusing, verifying, "
     "packing, compiling. What compilers and tuning keep on disk is there already."
 )
-_PEAK = "At the peak of three calls in a fresh process."
+_PEAK = "At the peak of the first three calls in a fresh process."
+_SERVING = "At the peak of three later calls, once all else is let go. Weights included."
 
 _MEASURED = '<span class="tag measured">measured</span>'
 _PREDICTED = '<span class="tag predicted">predicted</span>'
@@ -193,6 +194,7 @@ def _figures(results: Sequence[Result]) -> Iterator[str]:
     for title, unit, draw, note in (
         ("First call", "s, lower is better", _first_call, _FIRST_CALL),
         ("Memory", "peak in MB above the loaded stock model", _memory, _PEAK),
+        ("Memory of serving", "MB, lower is better", _serving, _SERVING),
     ):
         chart = _bars(results, draw)
         if chart:
@@ -272,7 +274,7 @@ def _numbers(model: str, results: Sequence[Result]) -> str:
     """Every figure of one network in one dtype as a table."""
     header = (
         "batch", "contender", "images/s", "quartiles", "vs NCHW", "vs channels_last", "p50 ms",
-        "p90 ms", "p99 ms", "first call", "memory", "error", "class", "rounds", "calls",
+        "p90 ms", "p99 ms", "first call", "peak", "serving", "error", "class", "rounds", "calls",
     )  # fmt: skip
     rows = [
         [str(r.case.batch), *_numbers_row(r, key, m)]
@@ -298,6 +300,7 @@ def _numbers_row(r: Result, key: str, m: Measured) -> list[str]:
         *("-" if (v := percentile(m, p)) is None else number(1e3 * v) for p in _CALLS),
         "-" if m.first_call is None else duration(m.first_call),
         "-" if m.peak_memory is None else megabytes(m.peak_memory),
+        "-" if m.serving_memory is None else megabytes(m.serving_memory),
         "-" if m.error is None else f"{m.error:.1e}",
         "-" if m.top1 is None else f"{m.top1:.0%}",
         str(len(m.seconds)),
@@ -412,6 +415,12 @@ def _memory(_r: Result, _key: str, m: Measured) -> tuple[tuple[float, ...], str]
     if m.peak_memory is None:
         return None
     return (max(0.0, m.peak_memory / 1e6),), number(m.peak_memory / 1e6)
+
+
+def _serving(_r: Result, _key: str, m: Measured) -> tuple[tuple[float, ...], str] | None:
+    if m.serving_memory is None:
+        return None
+    return (m.serving_memory / 1e6,), number(m.serving_memory / 1e6)
 
 
 def _error(_r: Result, _key: str, m: Measured) -> tuple[tuple[float, ...], str] | None:

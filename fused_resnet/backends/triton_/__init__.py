@@ -2,26 +2,29 @@
 
     kernels    what the registry sees          paths     the formulations, ready to run
     plans      problem -> launches, pure       config    tile shapes and the choice among them
-    launch     compile and bind a launch       layout    activations and weights in memory
+    launch     compile and bind a launch       layout    images and weights in memory
+    dense      aligned tensors, no Triton
     gemm conv stem reduce images epilogue      the device code
     chain chain_plan chain_kernel              bottlenecks chained into one kernel
     features   images and pooled features      certify   what certificates cover
     im2col im2col_sm100                        never executed, and not used
 
-``KERNELS`` is empty, and ``UNAVAILABLE`` says why, where Triton cannot be imported.
+``KERNELS`` is empty, and ``UNAVAILABLE`` says why, where Triton is not installed. Where it is, the
+first kernel that is made ready to run imports it.
 """
 
 from __future__ import annotations
+
+import importlib.util
 
 from fused_resnet.backends.kernel import Kernel
 
 KERNELS: tuple[Kernel, ...]
 UNAVAILABLE: str | None
 
-try:
-    import triton  # noqa: F401  (the probe: torch builds for the CPU come without it)
-except ImportError as error:
-    KERNELS, UNAVAILABLE = (), f"Triton cannot be imported: {error}"
+# Torch builds for the CPU come without it.
+if importlib.util.find_spec("triton") is None:
+    KERNELS, UNAVAILABLE = (), "Triton is not installed"
 else:
     from .kernels import KERNELS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +12,13 @@ from torch import Tensor
 from fused_resnet.backends.kernel import PackedChainKernel
 from fused_resnet.problem import ChainProblem
 
-from .chain_plan import ChainTile, chain_launch, chain_tile, chain_tiles, programs, unsupported
 from .config import Arch
+from .dense import channels_last, vector
 from .device import arch_of, on_device, refusal
-from .launch import bind
-from .layout import channels_last, matrix, vector
-from .paths import Weights
+
+if TYPE_CHECKING:
+    from .chain_plan import ChainTile
+    from .paths import Weights
 
 #: Bound problems a kernel keeps.
 _MAX_BOUND = 1024
@@ -39,7 +40,7 @@ class _Bound(NamedTuple):
     """What is done once per problem and device."""
 
     start: Callable[..., None]
-    tile: ChainTile
+    programs: int
     layouts: tuple[_Layout, ...]
     sizes: tuple[int, ...]
 
@@ -70,7 +71,11 @@ class TritonChain(PackedChainKernel):
         """None if this kernel computes ``problem`` on ``device``, else why it does not."""
         if problem.dtype not in (torch.float16, torch.bfloat16):
             return f"chained bottlenecks are of fp16 and bf16, not {problem.dtype}"
-        if reason := refusal(problem.dtype, device) or unsupported(problem):
+        if reason := refusal(problem.dtype, device):
+            return reason
+        from .chain_plan import chain_tiles, unsupported
+
+        if reason := unsupported(problem):
             return reason
         tiles = chain_tiles(problem, self._arch or arch_of(device))
         if not tiles:
@@ -83,6 +88,8 @@ class TritonChain(PackedChainKernel):
         """A kernel for each configuration of this GPU."""
         if self._tile is not None or self.supports(problem, device) is not None:
             return (self,)
+        from .chain_plan import chain_tiles
+
         tiles = chain_tiles(problem, self._arch or arch_of(device))
         return tuple(self._variants.setdefault(t, TritonChain(self._arch, t)) for t in tiles)
 
@@ -98,6 +105,8 @@ class TritonChain(PackedChainKernel):
 
     def prepare(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> _Packed:
         """A weight [K, C, R, S] as [K, R*S*C], scale and shift as aligned fp32 arrays."""
+        from .layout import matrix
+
         w: Weights = weight.detach().permute(0, 2, 3, 1).contiguous()
         if problem.box is not None:
             w = matrix(w, weight.shape[0], weight[0].numel(), problem.box)
@@ -120,8 +129,9 @@ class TritonChain(PackedChainKernel):
                 p.next_shape, dtype=p.dtype, device=device, memory_format=torch.channels_last
             )
             if p.store == "pool":
-                tiles = programs(p, bound.tile) // p.n
-                out = torch.empty((p.n, tiles, p.k), dtype=torch.float32, device=device)
+                out = torch.empty(
+                    (p.n, bound.programs // p.n, p.k), dtype=torch.float32, device=device
+                )
             else:
                 out = torch.empty(
                     p.out_shape, dtype=p.dtype, device=device, memory_format=torch.channels_last
@@ -136,13 +146,16 @@ class TritonChain(PackedChainKernel):
         key = problem, device
         bound = self._bound.get(key)
         if bound is None:
+            from .chain_plan import chain_launch, chain_tile, programs
+            from .launch import bind
+
             p = problem
             tile = self._tile or chain_tile(p, self._arch or arch_of(device))
             boxes = ((p.m, tile.block_k), (tile.block_c, p.m), (tile.block_c, p.proj),
                      (p.next, tile.block_c))  # fmt: skip
             bound = _Bound(
                 bind(chain_launch(p, tile), device),
-                tile,
+                programs(p, tile),
                 tuple(_Layout(box if tile.tma else None) for box in boxes),
                 (p.n, p.h, p.w, *p.size),
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
@@ -11,10 +12,9 @@ from typing import Any
 import torch
 
 from .config import ARCHS, Arch
-from .epilogue import INTERPRETED
 
-#: Whether kernels run in Triton's interpreter, on CPU tensors.
-INTERPRETING = bool(INTERPRETED.value)
+#: Whether kernels run in Triton's interpreter, on CPU tensors: read as Triton does, without it.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true")
 
 #: Dtypes that the kernels compute in.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -11,9 +11,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .dense import channels_last
 from .device import on_device, refusal
 from .launch import bind
-from .layout import channels_last, padded_image
+from .layout import padded_image
 from .plans import mean_launch
 
 

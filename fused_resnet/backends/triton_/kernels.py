@@ -1,11 +1,15 @@
-"""The kernels as the registry sees them: a path per problem and device, made once."""
+"""The kernels as the registry sees them: a path per problem and device, made once.
+
+Triton itself is imported when the first path is made: it takes 75 MB, which a CPU never needs.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Hashable
 from functools import lru_cache
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -23,11 +27,11 @@ from .config import (
     predicted_cycles,
     stem_pool_tile,
 )
+from .dense import channels_last, nearest_tf32, vector
 from .device import arch_of, on_device, precision_of, refusal
-from .launch import bind
-from .layout import channels_last, nearest_tf32, vector
-from .paths import Path, StemPoolPath, Weights, make_path
-from .plans import add_relu_launch, flat_unit, stem_excess
+
+if TYPE_CHECKING:
+    from .paths import Path, Weights
 
 #: The max-pool of a ResNet stem, the one that is fused.
 STEM_POOL = MaxPool(kernel=(3, 3), stride=(2, 2), padding=(1, 1))
@@ -86,7 +90,7 @@ class _TritonConvolution(PackedKernel):
     def packed(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Weights:
         """The packed weights for this problem, from the cache where it is still true."""
         if isinstance(weight, Prepared):
-            return cast(Weights, weight.value)
+            return cast("Weights", weight.value)
         # Layouts depend on the device too, which only the path knows.
         packed: Weights = super().packed(self._path(problem, weight.device), weight, scale, shift)
         return packed
@@ -169,6 +173,8 @@ class TritonConv(_TritonConvolution):
         return (self, *(_configured(self._arch, config) for config in ranked[1:_VARIANTS]))
 
     def _make(self, problem: ConvProblem, arch: Arch, precision: str, device: torch.device) -> Path:
+        from .paths import make_path
+
         config = self._config or heuristic(problem, arch, precision)
         return make_path(problem, config, arch, precision, device)
 
@@ -209,11 +215,15 @@ class TritonStemPool(_TritonConvolution):
         """
         if device.type != "cuda" or self.supports(problem, device) is not None:
             return False
+        from .plans import stem_excess
+
         arch = self._arch or arch_of(device)
         tile = stem_pool_tile(problem.dtype, precision_of(problem.dtype))
         return stem_excess(problem, tile, arch) < _MOST_EXCESS
 
     def _make(self, problem: ConvProblem, arch: Arch, precision: str, device: torch.device) -> Path:
+        from .paths import StemPoolPath
+
         tile = stem_pool_tile(problem.dtype, precision)
         return StemPoolPath(problem, tile, arch, precision, device)
 
@@ -240,7 +250,7 @@ class TritonAddRelu(Kernel):
         y = a if problem.inplace else torch.empty_like(a)
         start = _add_relu_start(problem, a.device, _aligned(a, b, y))
         with on_device(a.device):
-            start(a, b, y, a.numel() // flat_unit(a.numel()))
+            start(a, b, y)
         return y
 
 
@@ -252,8 +262,14 @@ def _aligned(*tensors: Tensor) -> bool:
 def _add_relu_start(
     problem: AddReluProblem, device: torch.device, aligned: bool
 ) -> Callable[..., None]:
+    from .launch import bind
+    from .plans import add_relu_launch, flat_unit
+
     with on_device(device):
-        return bind(add_relu_launch(problem, aligned), device)
+        start = bind(add_relu_launch(problem, aligned), device)
+    size = math.prod(problem.shape)
+    units = size // flat_unit(size)
+    return lambda a, b, y: start(a, b, y, units)
 
 
 #: Every kernel of this backend.

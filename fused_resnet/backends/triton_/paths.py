@@ -16,8 +16,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fused_resnet.problem import ConvProblem
 
 from .config import Arch, Config, Tile
+from .dense import channels_last
 from .launch import bind
-from .layout import channels_last, matrix, padded_image, row_weights, tap_weights
+from .layout import matrix, padded_image, row_weights, tap_weights
 from .plans import conv_launches, pool_strip, rows_layout, stem_pool_launch
 
 #: Weights as a kernel takes them: a tensor, or a tensor descriptor of one.
