@@ -293,13 +293,14 @@ def _pieces(task: Task) -> list[tuple[Any, ...]]:
 
 def _images_at_once(problem: Problem) -> int:
     """How many images are computed in float64 together."""
-    if not isinstance(problem, ConvProblem):
+    if not isinstance(problem, Convolution):
         return _CHUNK
     # The operands of the products are written out, of each output pixel its window of x; of the
     # result there are three while the epilogue is computed.
     windows = problem.flops // (2 * problem.k)
     words = windows + 3 * problem.n * problem.k * math.prod(problem.conv_size)
-    return max(1, min(_CHUNK, _CHUNK_BYTES * problem.n // (8 * words)))
+    fitting: int = _CHUNK_BYTES * problem.n // (8 * words)
+    return max(1, min(_CHUNK, fitting))
 
 
 def _verified(
