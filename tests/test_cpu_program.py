@@ -221,9 +221,9 @@ def test_images_one_by_one_from_an_input_of_another_dtype(
 
 
 def test_a_stem_on_a_value_between() -> None:
-    net = Net(torch.float32, {0: ((3, 3, 20, 18), torch.float64)})
+    net = Net(torch.float32, {0: ((3, 3, 20, 18), torch.float32)})
     y = net.conv(net.convert(0), 16, 7, 2, pool=POOL)
-    net.check(torch.randn(3, 3, 20, 18).double(), outputs=(y,))
+    net.check(torch.randn(3, 3, 20, 18), outputs=(y,))
 
 
 def test_a_sum_that_threads_share_unevenly() -> None:
