@@ -19,6 +19,7 @@ from fused_resnet.layers import Layers
 from fused_resnet.numerics import error, largest
 from fused_resnet.proving import stock_result, walk
 from fused_resnet.source import Source, cast_floating
+from fused_resnet.stock import fault_of_network
 from fused_resnet.tuning import reference
 
 
@@ -135,8 +136,11 @@ def _fault(
         if not right.is_floating_point() or not right.numel():
             continue
         allowed = largest(*(error(stock[i], right) for stock in stocks))
-        off = error(ours, right)
-        if not off.within(allowed, stocks[0][i].dtype if dtype is None else dtype):
+        off, kind = error(ours, right), stocks[0][i].dtype if dtype is None else dtype
+        wrong = fault_of_network(allowed, kind)
+        if wrong is not None:
+            return wrong
+        if not off.within(allowed, kind):
             return f"the network's error is {off}, stock torch's is {allowed}"
     return None
 

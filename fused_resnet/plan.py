@@ -471,14 +471,18 @@ class Plan(nn.Module):
         Args:
             path: of the file.
             state: the weights, needed where the plan keeps none: with ``strict_shapes=True``, and
-                after `fused_resnet.load`.
+                after `fused_resnet.load`. Those that the plan was made of or last refitted with.
 
         Raises:
-            ValueError: weights are needed, or the plan cannot be written down (it is not
+            RuntimeError: the model's weights changed after the plan was made.
+            ValueError: weights are needed; or are others than the plan's, which were not compared
+                with float64 (`refit` does it); or the plan cannot be written down (it is not
                 specialised, or returns objects of classes that a file cannot name).
         """
         from fused_resnet.plan_file import save
 
+        if self._source is not None:
+            self._source.check_unchanged()
         save(self, path, state)
 
     # -------------------------------------------------------------------- what a plan does not have

@@ -4,7 +4,8 @@ A file is in the format of safetensors: tensors by name, and a header in which o
 that describes everything else. Reading it executes nothing: operators are looked up by name among
 those that torch has registered, and only such as compute from tensors are admitted. Weights are
 stored as the model has them and packed anew, so that a file fits other machines with the same kind
-of device; kernels that are not there are replaced, with a warning.
+of device; kernels that are not there are replaced, with a warning. They are the very weights that
+the kernels were compared with float64 on: other ones are neither written nor read.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ from fused_resnet.stored import Renamed, StoredTensors
 from fused_resnet.tuned_table import environment_of, table
 from fused_resnet.version import __version__
 from fused_resnet.warn import warn
-from fused_resnet.weights import Weights
+from fused_resnet.weights import Weights, fingerprint
 
 #: Name and version of the format; a reader refuses another.
-SCHEMA = "fused_resnet.plan/2"
+SCHEMA = "fused_resnet.plan/3"
 
 #: Entry of the header that holds the description.
 _ENTRY = "fused_resnet"
@@ -81,7 +82,14 @@ def save(plan: Plan, path: str | Path, state: Mapping[str, Tensor] | None) -> No
             "model.state_dict())"
         )
     like = {n: torch.empty_like(t, device="cpu") for n, t in content.like.items()}
-    tensors = {f"state.{n}": t.contiguous() for n, t in converted_state(known, like).items()}
+    converted = converted_state(known, like)
+    if state is not None and not content.weights.made_of(converted):
+        raise ValueError(
+            "these are not the weights that this plan was made of, and its kernels were compared "
+            "with float64 on those: call plan.refit(state) first, which compares them again, then "
+            "save"
+        )
+    tensors = {f"state.{n}": t.contiguous() for n, t in converted.items()}
     parts = []
     for number, s in enumerate(content.specialisations.values()):
         graph = s.program.layers.source
@@ -118,6 +126,7 @@ def save(plan: Plan, path: str | Path, state: Mapping[str, Tensor] | None) -> No
         "model": content.name,
         "settings": asdict(content.settings),
         "cuda_graph": content.policy.cuda_graph,
+        "tensors": fingerprint(tensors),
         "parts": parts,
     }
     save_file(_unshared(tensors), str(path), metadata={_ENTRY: json.dumps(description)})
@@ -230,6 +239,11 @@ def load(path: str | Path, *, device: torch.device | str | None = None) -> Plan:
         description = _description(path, stored.metadata)
         stored.device = _device(path, description, device)
         try:
+            if fingerprint(stored) != description["tensors"]:
+                raise PlanFileError(
+                    f"{path} is damaged: its weights are not those that its kernels were compared "
+                    "with float64 on"
+                )
             plan = _plan(path, description, stored, stored.device)
         except PlanFileError:
             raise

@@ -270,6 +270,7 @@ class _Planner:
         self.table = table
         self.progress = progress
         self.notes: list[str] = []
+        self.stock_faults: dict[str, str] = {}  # of layers on which stock torch itself is wrong
         self.forced = backends.forced()
         self.device = layers.graph.meta[layers.graph.inputs[0]].device
         self.dtype = max(
@@ -462,6 +463,8 @@ class _Planner:
             result: Results | None = None
             while wanted:
                 found, allowed, first = errors_of(layer, task, wanted)
+                if any(e.rounding is not None for e in allowed):
+                    self.stock_faults[layer.name] = str(largest(*allowed))
                 result = first if result is None else result
                 tried.update(wanted)
                 wanted = []
@@ -471,20 +474,38 @@ class _Planner:
                         errors[layer.result, kernel] = largest(*outcome).l2, largest(*allowed).l2
                     if why is None:
                         continue
-                    self.notes.append(f"{layer.name}: {kernel.full_name} is not used: {why}")
                     result = None
-                    instead = next((k for k in self.ranked(layer) if k not in tried), None)
-                    instead = instead or stock_kernel(layer.op)
-                    if instead not in tried:
+                    others = (*self.ranked(layer), stock_kernel(layer.op))
+                    instead = next((k for k in others if k not in tried), kernel)
+                    if instead is kernel:
+                        note = (
+                            f"{layer.name}: no kernel is right, {kernel.full_name} is used: {why}"
+                        )
+                        warn(note, stacklevel=6)
+                    else:
+                        note = f"{layer.name}: {kernel.full_name} is not used: {why}"
                         wanted.append(instead)
+                    self.notes.append(note)
                     for a in proven:
                         if a[layer.result] is kernel:
                             a[layer.result] = instead
                 wanted = list(dict.fromkeys(wanted))
             return stock_result(layer, task) if result is None else result
 
+        told = len(self.stock_faults)
         walk(layers, self.state, self.inputs, visit)
+        if len(self.stock_faults) > told:
+            self._tell_of_stock()
         return [Assignment(layers, kernels) for kernels in proven]
+
+    def _tell_of_stock(self) -> None:
+        name, what = next(iter(self.stock_faults.items()))
+        note = (
+            f"stock torch itself is wrong on {len(self.stock_faults)} layers: on {name} its error "
+            f"is {what}; kernels are held against what rounding explains"
+        )
+        self.notes.append(note)
+        warn(note, stacklevel=6)
 
     def fault(
         self,
@@ -505,7 +526,8 @@ class _Planner:
     ) -> str | None:
         """The same for one result of the layer."""
         dtype = layer.problem.dtype
-        if kernel.backend == "torch" or found.within(allowed, dtype):
+        # Stock torch is its own measure, unless it is wrong.
+        if (kernel.backend == "torch" and allowed.rounding is None) or found.within(allowed, dtype):
             return None
         tolerance = self.settings.tolerance_of(dtype)
         if not kernel.exact and tolerance is not None and found.finite:
@@ -524,6 +546,8 @@ class _Planner:
             with torch.inference_mode():
                 result = assignment.program(Weights(self.state))(*self.inputs)
             wrong = self.judge.fault(result)
+            if self.stock_faults:
+                wrong = "stock torch itself is wrong on some layers, so the network has no measure"
             if wrong is None:
                 return assignment
             inexact.sort(key=lambda layer: -errors[layer.result, kernels[layer.result]][0])

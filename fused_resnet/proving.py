@@ -23,13 +23,13 @@ from fused_resnet.layers import Chained, Conv, Conv3d, Layers, Plain, Tunable
 from fused_resnet.numerics import Error
 from fused_resnet.problem import AddReluProblem, ChainProblem, channels_last_format
 from fused_resnet.program import last_reads
+from fused_resnet.stock import errors_of as distances
 from fused_resnet.tuned_table import key_of
 from fused_resnet.tuning import (
     Results,
     Task,
     call_of,
     error_of_stock,
-    errors,
     reference,
     results_of,
 )
@@ -133,7 +133,7 @@ def errors_of(
     for kernel in kernels:
         try:
             results = laid_out(layer, call_of(kernel, task)())
-            found[kernel] = errors(tuple(_ends_of(r, task) for r in results), exact)
+            found[kernel] = distances(tuple(_ends_of(r, task) for r in results), exact)
         except Exception as e:  # A kernel of any kind: what it raises makes it lose, no more.
             found[kernel] = f"it raised {type(e).__name__}: {e}"
             continue

@@ -6,7 +6,8 @@ How a problem is measured:
    torch among them. One that fails its entrance test is out.
 2. Each runs on the layer's real input and weights. Its error against float64 must satisfy the rule
    of `fused_resnet.numerics`, which is looser for inexact kernels: their errors are recorded, for
-   the user's tolerance to be compared with. One that raises is out, with one warning.
+   the user's tolerance to be compared with. One that raises is out, with one warning. Stock torch
+   itself is out where its error is more than rounding explains (see `fused_resnet.stock`).
 3. What is left is timed in rounds, the order rotating, so that whatever the machine does meanwhile
    meets all alike; a median counts. One that is far behind after some rounds leaves.
 
@@ -33,7 +34,6 @@ from fused_resnet.backends.kernel import Kernel, PackedChainKernel, PackedKernel
 from fused_resnet.backends.verify import is_out_of_memory
 from fused_resnet.numerics import (
     Error,
-    error,
     fault,
     largest,
     reference_chain,
@@ -48,6 +48,7 @@ from fused_resnet.problem import (
     Problem,
     channels_last_format,
 )
+from fused_resnet.stock import Results, errors_of, marked
 from fused_resnet.tuned_table import Entry, Timing
 from fused_resnet.warn import FusedResNetWarning
 
@@ -144,8 +145,9 @@ def measure(task: Task, effort: Effort) -> Entry:
     """Verify and time every kernel for a task.
 
     Returns:
-        Its entry for the table. Of stock torch, or of what the task says instead, there always is
-        a timing; it leads the entry in the latter case, so that near-ties are its.
+        Its entry for the table. Of stock torch, unless it is wrong, or of what the task says
+        instead, there always is a timing; it leads the entry in the latter case, so that near-ties
+        are its.
     """
     with torch.inference_mode(False), torch.no_grad():
         exact = reference(task)
@@ -222,10 +224,6 @@ def call_of(kernel: Kernel, task: Task) -> Callable[[], Any]:
 # --------------------------------------------------------------------------------------------------
 
 
-#: Every result of a task, as most have one.
-Results = tuple[Tensor, ...]
-
-
 def results_of(returned: Any) -> Results:
     """What a kernel returned, as a tuple."""
     return (returned,) if isinstance(returned, Tensor) else tuple(returned)
@@ -240,16 +238,17 @@ def reference(task: Task) -> Results:
 
 
 def error_of_stock(task: Task, exact: Results) -> tuple[Error, ...]:
-    """Stock torch's errors in the task's dtype and in channels_last, the ops' own layout."""
+    """Stock torch's errors in the task's dtype and in channels_last, the ops' own layout.
+
+    One that rounding does not explain is marked, see `fused_resnet.stock`.
+    """
     if isinstance(task.problem, AddReluProblem):
         a, b = _two(task)
-        return errors((torch.relu(a + b),), exact)
-    return errors(_piecewise(task, stock_conv, stock_chain, last=True), exact)
-
-
-def errors(results: Results, exact: Results) -> tuple[Error, ...]:
-    """How far each result is from its reference."""
-    return tuple(error(r, e) for r, e in zip(results, exact, strict=True))
+        results: Results = (torch.relu(a + b),)
+    else:
+        results = _piecewise(task, stock_conv, stock_chain, last=True)
+    found = errors_of(results, exact)
+    return marked(found, task.problem, exact, lambda *compute: _piecewise(task, *compute))
 
 
 def _two(task: Task) -> tuple[Tensor, Tensor]:
@@ -319,7 +318,7 @@ def _verified(
             r.dtype != task.problem.dtype for r in results
         ):
             return "it returned " + ", ".join(f"{tuple(r.shape)} {r.dtype}" for r in results)
-        found = errors(results, exact)
+        found = errors_of(results, exact)
     except Exception as e:
         if kernel.backend == "torch":
             raise
@@ -347,6 +346,8 @@ def _time(found: Sequence[_Candidate], task: Task, effort: Effort) -> None:
     """Fill in the samples of all candidates."""
     clock = _cuda_seconds if task.device.type == "cuda" else _cpu_seconds
     sweep = _sweeper(task)
+    if not found:
+        return
     running = list(found)
     for c in running:
         c.samples = [clock(c.call, 1, sweep)]  # The second call: the first was its verification.
@@ -411,7 +412,6 @@ __all__ = [
     "call_of",
     "contenders",
     "error_of_stock",
-    "errors",
     "is_current",
     "measure",
     "reference",

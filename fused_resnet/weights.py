@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class Weights:
 
     def __init__(self, state: Mapping[str, Tensor], copied: bool = False) -> None:
         self.state = state
+        self._fingerprint: str | None = None  # of the state that was let go
         self._memory = set() if copied else {_address(t) for t in state.values()}
         self._packed: dict[Hashable, Prepared] = {}
         self._own: dict[Named | Recipe, Tensor] = {}
@@ -116,7 +118,14 @@ class Weights:
 
     def release(self) -> None:
         """Let go of the weights themselves: no more programs can be made."""
-        self.state = {}
+        if self.state:
+            self._fingerprint = fingerprint(self.state)
+            self.state = {}
+
+    def made_of(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether everything here is derived from such weights, bit for bit."""
+        mine = fingerprint(self.state) if self.state else self._fingerprint
+        return fingerprint(state) == mine
 
     @property
     def bytes(self) -> int:
@@ -127,6 +136,16 @@ class Weights:
             for t in _tensors(value)
         ]
         return sum({_address(t): _size(t) for t in tensors}.values())
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A number that changes with the name, dtype, shape or any bit of any of the tensors."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        t = tensors[name].detach()
+        hashed.update(f"{name} {t.dtype} {tuple(t.shape)};".encode())
+        hashed.update(t.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
+    return hashed.hexdigest()
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -163,4 +182,4 @@ def _detached(value: Any, sources: Sequence[Tensor]) -> Any:
     return value
 
 
-__all__ = ["Weights"]
+__all__ = ["Weights", "fingerprint"]

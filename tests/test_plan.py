@@ -446,6 +446,44 @@ def test_saving_needs_weights(tmp_path: Path) -> None:
     assert_right(fused_resnet.load(tmp_path / "q.plan")(X), model, X)
 
 
+def nudged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights but for the last bit of one."""
+    other = {name: t.clone() for name, t in state.items()}
+    name = next(n for n, t in other.items() if t.dim() == 4)
+    other[name].view(-1)[0] = torch.nextafter(other[name].view(-1)[0], torch.tensor(torch.inf))
+    return other
+
+
+@pytest.mark.parametrize("kept", ["source", "nothing", "file"])
+def test_weights_that_nothing_was_compared_on_are_not_saved(tmp_path: Path, kept: str) -> None:
+    model = blocks()
+    plan = optimized(model, strict_shapes=kept == "nothing")
+    if kept == "file":
+        plan.save(tmp_path / "p.plan")
+        plan = fused_resnet.load(tmp_path / "p.plan")
+    other = nudged(model.state_dict())
+    with pytest.raises(ValueError, match=r"not the weights .* call plan.refit\(state\) first"):
+        plan.save(tmp_path / "q.plan", other)
+    assert not (tmp_path / "q.plan").exists()
+    plan.refit(other)
+    plan.save(tmp_path / "q.plan", other)
+    assert torch.equal(
+        torch.utils._pytree.tree_leaves(fused_resnet.load(tmp_path / "q.plan")(X))[0],
+        torch.utils._pytree.tree_leaves(plan(X))[0],
+    )
+    with pytest.raises(ValueError, match="not the weights"):
+        plan.save(tmp_path / "q.plan", model.state_dict())
+
+
+def test_a_model_trained_on_is_not_saved_as_its_plan(tmp_path: Path) -> None:
+    model = blocks()
+    plan = optimized(model)
+    with torch.no_grad():
+        next(model.parameters()).add_(0.1)
+    with pytest.raises(RuntimeError, match="weights changed after its plan was made"):
+        plan.save(tmp_path / "p.plan")
+
+
 def rewritten(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     """A copy of a plan's file whose description is changed."""
     data = path.read_bytes()
@@ -485,6 +523,14 @@ def test_files_that_are_no_plans(tmp_path: Path, saved: Path) -> None:
     save_file({"a": torch.zeros(1)}, other)
     with pytest.raises(PlanFileError, match="holds tensors, but no plan"):
         fused_resnet.load(other)
+
+
+def test_a_file_with_other_weights_is_refused(saved: Path) -> None:
+    data = bytearray(saved.read_bytes())
+    data[-1] ^= 1  # The last bit of some weight.
+    saved.write_bytes(data)
+    with pytest.raises(PlanFileError, match="its weights are not those"):
+        fused_resnet.load(saved)
 
 
 @pytest.mark.parametrize(

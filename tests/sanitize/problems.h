@@ -27,18 +27,25 @@ inline int random_size(int kernel, int dilation, int padding) {
 inline ConvProblem random_conv() {
   ConvProblem p = {};
   p.groups = one_of({1, 1, 1, 2, 3, 8, 17});
-  p.c = p.groups * (p.groups == 1 ? pick(1, 80) : one_of({1, 2, 3, 4, 8, 11, 16, 33}));
+  // Whole cells of AMX among others: 1x1 convolutions of those are read where x lies.
+  p.c = p.groups * (p.groups > 1      ? one_of({1, 2, 3, 4, 8, 11, 16, 32, 33})
+                    : pick(0, 2) == 0 ? one_of({32, 64, 96})
+                                      : pick(1, 80));
   p.k = p.groups * (p.groups == 1 ? one_of({1, 7, 16, 17, 48, 64, 65, 140})
                                   : one_of({1, 2, 3, 4, 8, 11, 16, 33}));
-  const bool three = pick(0, 1) == 1;  // what Winograd computes
-  p.r = three ? 3 : pick(1, 4);
-  p.s = three ? 3 : pick(1, 4);
-  p.stride_h = three ? 1 : pick(1, 3);
-  p.stride_w = three ? 1 : pick(1, 3);
-  p.dilation_h = three ? 1 : pick(1, 3);
-  p.dilation_w = three ? 1 : pick(1, 3);
-  p.padding_h = pick(0, 3);
-  p.padding_w = pick(0, 3);
+  // What Winograd computes, what reads x without windows, and anything.
+  const int kind = pick(0, 2);
+  const auto drawn = [kind](int three, int one, int low, int high) {
+    return kind == 0 ? three : kind == 1 ? one : pick(low, high);
+  };
+  p.r = drawn(3, 1, 1, 4);
+  p.s = drawn(3, 1, 1, 4);
+  p.stride_h = drawn(1, 1, 1, 3);
+  p.stride_w = drawn(1, 1, 1, 3);
+  p.dilation_h = drawn(1, 1, 1, 3);
+  p.dilation_w = drawn(1, 1, 1, 3);
+  p.padding_h = drawn(pick(0, 3), 0, 0, 3);
+  p.padding_w = drawn(pick(0, 3), 0, 0, 3);
   p.n = pick(1, 3);
   p.h = random_size(p.r, p.dilation_h, p.padding_h);
   p.w = random_size(p.s, p.dilation_w, p.padding_w);
