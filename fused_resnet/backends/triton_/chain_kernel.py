@@ -17,7 +17,7 @@ from .config import Arch
 from .device import arch_of, on_device, refusal
 from .launch import bind
 from .layout import channels_last, matrix, vector
-from .paths import Weights
+from .paths import Operand
 
 #: Bound problems a kernel keeps.
 _MAX_BOUND = 1024
@@ -30,7 +30,7 @@ class _Layout(NamedTuple):
 
 
 class _Packed(NamedTuple):
-    w: Weights
+    w: Operand
     scale: Tensor
     shift: Tensor
 
@@ -98,7 +98,7 @@ class TritonChain(PackedChainKernel):
 
     def prepare(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> _Packed:
         """A weight [K, C, R, S] as [K, R*S*C], scale and shift as aligned fp32 arrays."""
-        w: Weights = weight.detach().permute(0, 2, 3, 1).contiguous()
+        w: Operand = weight.detach().permute(0, 2, 3, 1).contiguous()
         if problem.box is not None:
             w = matrix(w, weight.shape[0], weight[0].numel(), problem.box)
         return _Packed(w, vector(scale), vector(shift))

@@ -26,7 +26,7 @@ from .config import (
 from .device import arch_of, on_device, precision_of, refusal
 from .launch import bind
 from .layout import channels_last, nearest_tf32, vector
-from .paths import Path, StemPoolPath, Weights, make_path
+from .paths import Operand, Path, StemPoolPath, make_path
 from .plans import add_relu_launch, flat_unit, stem_excess
 
 #: The max-pool of a ResNet stem, the one that is fused.
@@ -83,23 +83,23 @@ class _TritonConvolution(PackedKernel):
         """See `PackedKernel`."""
         return super().layout(self._path(problem, device), device)
 
-    def packed(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Weights:
+    def packed(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Operand:
         """The packed weights for this problem, from the cache where it is still true."""
         if isinstance(weight, Prepared):
-            return cast(Weights, weight.value)
+            return cast(Operand, weight.value)
         # Layouts depend on the device too, which only the path knows.
-        packed: Weights = super().packed(self._path(problem, weight.device), weight, scale, shift)
+        packed: Operand = super().packed(self._path(problem, weight.device), weight, scale, shift)
         return packed
 
     def pack_key(self, problem: Any) -> Hashable:
         """The layout of a path, and how its weights are rounded."""
         return problem.layout, problem.tf32
 
-    def prepare(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> Weights:
+    def prepare(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> Operand:
         """Weights in the layout of a path."""
         if problem.tf32:
             weight = nearest_tf32(weight)
-        packed: Weights = problem.pack(weight)
+        packed: Operand = problem.pack(weight)
         return packed
 
     def run(
