@@ -236,7 +236,7 @@ def test_boxes_of_any_problem_at_length(problem, split_k, seed):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_layers_of_128_channels_take_boxes_on_sm_100(dtype, stride):
     problem = conv_problem(
-        128, 128, 3, n=3, h=14, w=14, stride=stride, epilogue="add_relu", dtype=dtype
+        128, 128, 3, n=1, h=14, w=14, stride=stride, epilogue="add_relu", dtype=dtype
     )
     config = heuristic(problem, dataclasses.replace(B200, sms=1), "tf32")
     assert config.path == "boxes"

@@ -129,7 +129,7 @@ _TCGEN16_GEMM = (
     Tile(64, 128, 64, 4, 4, share=1.00),
     Tile(128, 64, 64, 8, 4, share=1.00),
 )
-# On sm_100 tensor cores read both operands from shared memory, where cp.async also writes the pixels:
+# On sm_100 both operands are read from shared memory, where cp.async writes the pixels too:
 # that binds all but the widest tile. Layers of K = 128 have ``boxes`` instead.
 _TCGEN16_CONV = (
     Tile(128, 256, 64, 8, 3, parts=2, share=1.00),

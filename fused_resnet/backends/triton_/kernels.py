@@ -24,6 +24,7 @@ from .config import (
     stem_pool_tile,
 )
 from .device import arch_of, on_device, precision_of, refusal
+from .im2col_kernel import TritonIm2col
 from .launch import bind
 from .layout import channels_last, nearest_tf32, vector
 from .paths import Operand, Path, StemPoolPath, make_path
@@ -158,7 +159,10 @@ class TritonConv(_TritonConvolution):
         return reason
 
     def variants(self, problem: ConvProblem, device: torch.device) -> tuple[Kernel, ...]:
-        """The configurations of the smallest predicted times; the first is what this one takes."""
+        """The configurations of the smallest predicted times; the first is what this one takes.
+
+        The last is TMA im2col where the GPU has it, which nothing but a tuner may admit.
+        """
         if self._config is not None or device.type != "cuda":
             return (self,)
         arch, precision = self._arch or arch_of(device), precision_of(problem.dtype)
@@ -166,12 +170,15 @@ class TritonConv(_TritonConvolution):
             configs(problem, arch, precision),
             key=lambda config: predicted_cycles(config, problem, arch, precision),
         )
-        return (self, *(_configured(self._arch, config) for config in ranked[1:_VARIANTS]))
+        im2col = (_IM2COL,) if _IM2COL.supports(problem, device) is None else ()
+        return (self, *(_configured(self._arch, config) for config in ranked[1:_VARIANTS]), *im2col)
 
     def _make(self, problem: ConvProblem, arch: Arch, precision: str, device: torch.device) -> Path:
         config = self._config or heuristic(problem, arch, precision)
         return make_path(problem, config, arch, precision, device)
 
+
+_IM2COL = TritonIm2col()
 
 #: Configurations of one problem that a tuner times.
 _VARIANTS = 8

@@ -128,7 +128,7 @@ class ConvPath(Path):
         self._reduce(partial, scale, shift, residual, y, self._m)
 
     def _pixels(self, x: Tensor) -> Operand:
-        """x as the kernel takes it."""
+        """X as the kernel takes it."""
         return x
 
 
