@@ -139,7 +139,9 @@ const cpu::ConvKernel& conv_kernel(const std::string& name, const std::string& i
   for (const cpu::ConvKernel* kernel : cpu::conv_kernels(parse_isa(isa))) {
     if (kernel->name() == name) return *kernel;
   }
-  if (name == cpu::amx_conv_emulated()->name()) return *cpu::amx_conv_emulated();
+  for (const cpu::ConvKernel* kernel : cpu::emulated_kernels()) {
+    if (kernel->name() == name) return *kernel;
+  }
   TORCH_CHECK_VALUE(false, "no ", isa, " kernel is named ", name);
 }
 

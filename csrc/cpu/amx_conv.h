@@ -32,13 +32,14 @@ class AmxRun {
  public:
   AmxRun(const AmxPlan& plan, const ConvArguments& arguments, std::byte* scratch, const Team& team)
       : plan_(plan), arguments_(arguments), tiles_(plan.tile_rows) {
-    tap_offsets_ = reinterpret_cast<int64_t*>(scratch);
+    taps_ = reinterpret_cast<Tap*>(scratch);
     sums_ = reinterpret_cast<float*>(scratch + tap_bytes(plan));
     planes_ = scratch + tap_bytes(plan) + kSumBytes;
     for (int tap = 0; tap < plan.weights.taps; ++tap) {
       const bool folded = plan.weights.folded;
-      tap_offsets_[tap] =
-          folded ? plan.tap_offset(tap, 0) : plan.tap_offset(tap / plan.p.s, tap % plan.p.s);
+      taps_[tap] = {
+          folded ? plan.tap_offset(tap, 0) : plan.tap_offset(tap / plan.p.s, tap % plan.p.s),
+          tap * WeightLayout::kTapBytes};
     }
     streams_ = streams(team);
   }
@@ -62,7 +63,7 @@ class AmxRun {
   static constexpr int64_t kStreamedBytes = 2 * AmxPlan::kL2Bytes;
 
   static int64_t tap_bytes(const AmxPlan& plan) {
-    return ceil_div(plan.weights.taps * static_cast<int64_t>(sizeof(int64_t)), 64) * 64;
+    return ceil_div(plan.weights.taps * static_cast<int64_t>(sizeof(Tap)), 64) * 64;
   }
 
   // Whether y passes the caches by: it will have left them before it is read, so fetching its lines
@@ -122,7 +123,11 @@ class AmxRun {
     const Tile pair[2] = {locate(group, tile), locate(group, tile + count - 1)};
     const std::byte* a[2] = {pair[0].a, pair[1].a};
     const auto* weight = static_cast<const std::byte*>(arguments_.weight);
-    const Steps steps{tap_offsets_, plan_.weights.taps, plan_.weights.chunks, plan_.chunk_bytes,
+    const Steps steps{taps_,
+                      plan_.weights.taps,
+                      plan_.weights.chunks,
+                      plan_.chunk_bytes,
+                      plan_.weights.chunk_bytes(),
                       plan_.pixel_bytes};
     sum_products(tiles_, steps, a, count, weight + panel * plan_.weights.panel_bytes(),
                  channels.count, sums_);
@@ -188,7 +193,7 @@ class AmxRun {
   const AmxPlan& plan_;
   const ConvArguments& arguments_;
   Tiles tiles_;
-  int64_t* tap_offsets_;
+  Tap* taps_;
   float* sums_;
   std::byte* planes_;
   int packed_block_ = -1, packed_group0_ = 0, packed_group1_ = 0;  // what the planes hold
@@ -197,10 +202,20 @@ class AmxRun {
   bool streams_;
 };
 
-// The kernel over one kind of tiles. A subclass says where it may run.
+// The kernel over one kind of tiles.
 template <class Tiles>
-class AmxConvBase : public ConvKernel {
+class AmxConv : public ConvKernel {
  public:
+  std::string name() const override { return Tiles::kName; }
+
+  std::string why_not(const ConvProblem& problem, Element element) const override {
+    if (element != Element::kBFloat16) return "tiles multiply bf16, not fp32";
+    if (problem.stride_h > kMaxStride || problem.stride_w > kMaxStride) {
+      return "strides above " + std::to_string(kMaxStride) + " would copy pixels nobody reads";
+    }
+    return "";
+  }
+
   size_t packed_bytes(const ConvProblem& problem, Element) const override {
     return static_cast<size_t>(WeightLayout(problem).bytes());
   }
@@ -227,15 +242,6 @@ class AmxConvBase : public ConvKernel {
     dispatch_epilogue(problem.epilogue, [&](auto functor) {
       AmxRun<Tiles, decltype(functor)>(plan, arguments, scratch, team)(team);
     });
-  }
-
- protected:
-  static std::string why_not_here(const ConvProblem& problem, Element element) {
-    if (element != Element::kBFloat16) return "tiles multiply bf16, not fp32";
-    if (problem.stride_h > kMaxStride || problem.stride_w > kMaxStride) {
-      return "strides above " + std::to_string(kMaxStride) + " would copy pixels nobody reads";
-    }
-    return "";
   }
 
  private:

@@ -14,17 +14,22 @@ namespace {
 
 constexpr int64_t kSumBytes = 4 * kTileBytes;
 
-// Activations of a step: taps inside, chunks outside, so that the taps of a window find in the L1
-// cache what their neighbours read.
+// Where a tap of the window finds its factors, in bytes from the beginning of a chunk of channels.
+struct Tap {
+  int64_t activations, weights;
+};
+
+// Taps inside, chunks outside, so that the taps of a window find in the L1 cache what their
+// neighbours read.
 struct Steps {
-  const int64_t* tap_offsets;
-  int taps, chunks;
-  int64_t chunk_bytes;
-  int64_t pixel_bytes;
+  const Tap* taps;
+  int tap_count, chunks;
+  int64_t chunk_bytes, weight_chunk_bytes;  // from one chunk to the next
+  int64_t pixel_bytes;                      // from one row of a tile of activations to the next
 };
 
 // Sums of kM tiles of pixels, at a[0] and a[1], by kN tiles of channels; two such tiles stand in b
-// for every step. Tiles 2 m + n hold sums, 4 + m activations, 6 + n weights.
+// for every tap. Tiles 2 m + n hold sums, 4 + m activations, 6 + n weights.
 template <int kM, int kN, class Tiles>
 inline void multiply(Tiles& tiles, const Steps& steps, const std::byte* const a[2],
                      const std::byte* b) {
@@ -35,24 +40,24 @@ inline void multiply(Tiles& tiles, const Steps& steps, const std::byte* const a[
   const std::byte* a0 = a[0];
   const std::byte* a1 = a[1];
   for (int chunk = 0; chunk < steps.chunks; ++chunk) {
-    for (int tap = 0; tap < steps.taps; ++tap) {
-      const int64_t offset = steps.tap_offsets[tap];
-      tiles.template load<4>(a0 + offset, steps.pixel_bytes);
-      tiles.template load<6>(b, kCellBytes);
+    for (int i = 0; i < steps.tap_count; ++i) {
+      const Tap tap = steps.taps[i];
+      tiles.template load<4>(a0 + tap.activations, steps.pixel_bytes);
+      tiles.template load<6>(b + tap.weights, kCellBytes);
       tiles.template multiply_add<0, 4, 6>();
       if constexpr (kN > 1) {
-        tiles.template load<7>(b + kTileBytes, kCellBytes);
+        tiles.template load<7>(b + tap.weights + kTileBytes, kCellBytes);
         tiles.template multiply_add<1, 4, 7>();
       }
       if constexpr (kM > 1) {
-        tiles.template load<5>(a1 + offset, steps.pixel_bytes);
+        tiles.template load<5>(a1 + tap.activations, steps.pixel_bytes);
         tiles.template multiply_add<2, 5, 6>();
         if constexpr (kN > 1) tiles.template multiply_add<3, 5, 7>();
       }
-      b += 2 * kTileBytes;
     }
     a0 += steps.chunk_bytes;
     a1 += steps.chunk_bytes;
+    b += steps.weight_chunk_bytes;
   }
 }
 

@@ -45,8 +45,11 @@ struct WeightLayout {
 
   int steps() const { return chunks * taps; }
   int all_panels() const { return groups * panels; }
-  int64_t panel_bytes() const { return int64_t{2} * kTileBytes * steps(); }
+  int64_t chunk_bytes() const { return kTapBytes * taps; }
+  int64_t panel_bytes() const { return kTapBytes * steps(); }
   int64_t bytes() const { return all_panels() * panel_bytes(); }
+
+  static constexpr int64_t kTapBytes = 2 * kTileBytes;
 
   int groups;
   int c, k;  // channels of a group

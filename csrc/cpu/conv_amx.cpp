@@ -1,22 +1,16 @@
 #include "cpu/amx_conv.h"
+#include "cpu/amx_images.h"
 #include "cpu/conv_kernels.h"
 
 namespace fused_resnet::cpu {
-namespace {
-
-class AmxConv : public AmxConvBase<AmxTiles> {
- public:
-  std::string name() const override { return AmxTiles::kName; }
-
-  std::string why_not(const ConvProblem& problem, Element element) const override {
-    return why_not_here(problem, element);
-  }
-};
-
-}  // namespace
 
 const ConvKernel& amx_conv() {
-  static const AmxConv kernel;
+  static const AmxConv<AmxTiles> kernel;
+  return kernel;
+}
+
+const ConvKernel& amx_images() {
+  static const AmxImages<AmxTiles> kernel;
   return kernel;
 }
 

@@ -1,23 +1,13 @@
 #include "cpu/amx_conv.h"
+#include "cpu/amx_images.h"
 #include "cpu/conv_kernels.h"
 
 namespace fused_resnet::cpu {
-namespace {
 
-class EmulatedAmxConv : public AmxConvBase<EmulatedTiles> {
- public:
-  std::string name() const override { return EmulatedTiles::kName; }
-
-  std::string why_not(const ConvProblem& problem, Element element) const override {
-    return why_not_here(problem, element);
-  }
-};
-
-}  // namespace
-
-const ConvKernel* amx_conv_emulated() {
-  static const EmulatedAmxConv kernel;
-  return &kernel;
+std::array<const ConvKernel*, 2> emulated_kernels() {
+  static const AmxConv<EmulatedTiles> conv;
+  static const AmxImages<EmulatedTiles> images;
+  return {&conv, &images};
 }
 
 }  // namespace fused_resnet::cpu

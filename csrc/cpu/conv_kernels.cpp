@@ -17,7 +17,7 @@ Kernels with_winograd(Isa isa, Kernels kernels) {
 
 #if defined(FUSED_RESNET_X86)
 Kernels with_amx(Kernels kernels) {
-  if (amx_usable()) kernels.push_back(&amx_conv());
+  if (amx_usable()) kernels.insert(kernels.end(), {&amx_conv(), &amx_images()});
   return kernels;
 }
 #endif

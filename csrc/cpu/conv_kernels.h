@@ -2,6 +2,8 @@
 // conv_kernels.cpp; each of these functions is defined in a file compiled for its instructions.
 #pragma once
 
+#include <array>
+
 #include "cpu/conv_kernel.h"
 
 namespace fused_resnet::cpu {
@@ -10,11 +12,12 @@ const ConvKernel& direct_generic();
 const ConvKernel& direct_avx2();
 const ConvKernel& direct_avx512();
 
-// Products of tiles, see amx_conv.h. Only where amx_usable().
+// Products of tiles, see amx_conv.h and amx_images.h. Only where amx_usable().
 const ConvKernel& amx_conv();
+const ConvKernel& amx_images();
 
-// The same source over emulated tiles: runs everywhere, slowly. For tests alone: conv_kernels()
-// does not list it.
-const ConvKernel* amx_conv_emulated();
+// The same two sources over emulated tiles: they run everywhere, slowly. For tests alone:
+// conv_kernels() does not list them.
+std::array<const ConvKernel*, 2> emulated_kernels();
 
 }  // namespace fused_resnet::cpu

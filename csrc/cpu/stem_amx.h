@@ -34,14 +34,14 @@ struct AmxRowsScratch {
     // An odd number of lines apart, rows don't compete for the same sets of the caches.
     row_bytes = (tiles * tile_rows * chunks | 1) * kCellBytes;
     sums = p.r * row_bytes;
-    tap_offsets = sums + kSumBytes;
-    padded = tap_offsets + align_line(int64_t{2} * p.r * sizeof(int64_t));
+    taps = sums + kSumBytes;
+    padded = taps + align_line(int64_t{p.r} * p.r * sizeof(Tap));
     bytes = padded + align_line(padded_width(p) * p.c * sizeof(uint16_t));
   }
 
   int64_t tiles, tile_rows;  // of a row of the convolution; output pixels of a tile
   int64_t row_bytes, chunk_bytes;
-  int64_t sums, tap_offsets, padded, bytes;  // behind the ring of rows
+  int64_t sums, taps, padded, bytes;  // behind the ring of rows
 };
 
 // See stem_conv.h.
@@ -69,11 +69,15 @@ class AmxRows {
         parts_(problem),
         ring_(scratch),
         sums_(reinterpret_cast<float*>(scratch + parts_.sums)),
-        tap_offsets_(reinterpret_cast<int64_t*>(scratch + parts_.tap_offsets)),
+        taps_(reinterpret_cast<Tap*>(scratch + parts_.taps)),
         padded_(reinterpret_cast<uint16_t*>(scratch + parts_.padded)),
         tiles_(static_cast<int>(parts_.tile_rows)) {
-    // All rows of the ring, and once more: any R in sequence are a window.
-    for (int row = 0; row < 2 * p_.r; ++row) tap_offsets_[row] = row % p_.r * parts_.row_bytes;
+    for (int first = 0; first < p_.r; ++first) {
+      for (int tap = 0; tap < p_.r; ++tap) {
+        taps_[first * p_.r + tap] = {(first + tap) % p_.r * parts_.row_bytes,
+                                     tap * WeightLayout::kTapBytes};
+      }
+    }
   }
 
   template <class Fill>
@@ -91,8 +95,8 @@ class AmxRows {
   }
 
   void convolve(int64_t first, uint16_t* y) {
-    const Steps steps{tap_offsets_ + first, weights_.taps, weights_.chunks, parts_.chunk_bytes,
-                      kCellBytes};
+    const Steps steps{taps_ + first * p_.r, weights_.taps,          weights_.chunks,
+                      parts_.chunk_bytes,   weights_.chunk_bytes(), kCellBytes};
     const int64_t tile_bytes = parts_.tile_rows * kCellBytes;
     for (int64_t tile = 0; tile < parts_.tiles; tile += 2) {
       const auto count = static_cast<int>(min(parts_.tiles - tile, 2));
@@ -128,7 +132,7 @@ class AmxRows {
   const AmxRowsScratch parts_;
   std::byte* const ring_;
   float* const sums_;
-  int64_t* const tap_offsets_;
+  Tap* const taps_;  // of a window, by the row of the ring that comes first
   uint16_t* const padded_;
   Tiles tiles_;
 };

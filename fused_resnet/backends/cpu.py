@@ -276,7 +276,11 @@ class WinogradConv(NativeConv):
 
 
 class AmxConv(NativeConv):
-    """The convolution on AMX tiles (``csrc/cpu/amx_conv.h``): bf16, fp32 sums and epilogue.
+    """The convolution on AMX tiles: bf16, fp32 sums and epilogue.
+
+    Rows of a tile are neighbouring output pixels of an image (``amx``, ``csrc/cpu/amx_conv.h``), or
+    the same pixel of 16 images (``amx_images``, ``csrc/cpu/amx_images.h``), which leaves out the
+    taps that lie in the padding. Both read the same packed weights.
 
     As in oneDNN, whose instructions are the same, subnormal bf16 inputs count as zeros and
     subnormal results become zeros; NaN and infinities pass.
@@ -288,7 +292,7 @@ class AmxConv(NativeConv):
 
 
 def _native_conv(name: str) -> NativeConv:
-    if name == "amx":
+    if name.startswith("amx"):
         return AmxConv(name)
     return WinogradConv(name) if name.startswith("winograd") else NativeConv(name)
 

@@ -52,7 +52,9 @@ bool check(const cpu::ConvKernel& kernel, const ConvProblem& p, Element element,
 int run_convs(cpu::Isa isa, int problems) {
   const std::span<const cpu::ConvKernel* const> listed = cpu::conv_kernels(isa);
   std::vector<const cpu::ConvKernel*> kernels(listed.begin(), listed.end());
-  if (isa == cpu::Isa::kGeneric) kernels.push_back(cpu::amx_conv_emulated());
+  if (isa == cpu::Isa::kGeneric) {
+    for (const cpu::ConvKernel* kernel : cpu::emulated_kernels()) kernels.push_back(kernel);
+  }
   int wrong = 0;
   for (const cpu::ConvKernel* kernel : kernels) {
     for (Element element : {Element::kFloat32, Element::kBFloat16}) {
