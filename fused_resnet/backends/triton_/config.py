@@ -192,8 +192,7 @@ _ROWS32 = (
     Tile(128, 64, 32, 4, 3, share=0.89, resident=2),
     Tile(128, 32, 32, 4, 3, share=0.60, resident=3),
 )
-# In two parts, since some GPUs spill a few registers of the epilogue otherwise.
-_ROWS_IEEE = (Tile(64, 32, 32, 4, 3, parts=2, share=0.60, resident=4),)
+_ROWS_IEEE = (Tile(64, 32, 32, 4, 3, share=0.60, resident=4),)
 
 
 def _space(family: str, kind: str, path: str) -> tuple[Tile, ...]:
