@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import re
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ pytest.importorskip("triton", reason="this torch comes without Triton")
 
 import triton
 
+from fused_resnet.backends.triton_ import im2col_kernel
 from fused_resnet.backends.triton_.certify import (
     Case,
     cases,
@@ -27,6 +29,7 @@ from fused_resnet.backends.triton_.certify import (
     compile_case,
     complaints,
     conv_cases,
+    is_large,
     resnet_problems,
 )
 from fused_resnet.backends.triton_.chain_plan import (
@@ -38,8 +41,10 @@ from fused_resnet.backends.triton_.chain_plan import (
 from fused_resnet.backends.triton_.config import (
     ARCHS,
     MIN_SHARE,
+    Arch,
     Config,
     Tile,
+    configs,
     heuristic,
     stem_pool_tile,
 )
@@ -59,7 +64,6 @@ from fused_resnet.certify import certify_triton
 from fused_resnet.numerics import error, reference_conv, stock_conv
 from fused_resnet.problem import AddReluProblem, ChainProblem, ConvProblem
 
-from . import im2col
 from .ptx.runner import load
 
 pytestmark = pytest.mark.skipif(
@@ -118,6 +122,27 @@ def test_full_precision_uses_no_tensor_cores(arch, r):
     assert_kept(conv_cases(problem, arch, "ieee"))
 
 
+def test_triton_has_no_tensor_cores_for_turing():
+    """Why GPUs of sm_75 are refused: what Triton makes for them multiplies in fp32, and spills."""
+    problem = conv(256, 256, 1, 32, 14, "relu", F16)
+    turing, config = Arch(75, 40), Config("gemm", Tile(64, 64, 32, 4, 2))
+    (launch,) = conv_launches(problem, config, turing, "tf32")
+    certificate = certify_case(Case(problem, turing, launch, config))
+    assert certificate.tensor_kind == "fp32"
+    assert certificate.spills
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+@on_every_gpu
+def test_large_layers_keep_tensor_cores_busy(arch, dtype):
+    """What tiles promise; the certificates prove it of their codes. Nothing is compiled here."""
+    for depth, n in product((18, 50), (1, 32, 256)):
+        for problem in resnet_problems(depth, n, dtype):
+            if is_large(problem):
+                for config in configs(problem, arch, "tf32"):
+                    assert config.tile.share >= MIN_SHARE, (str(problem), config.name)
+
+
 @on_every_gpu
 def test_merged_groups(arch):
     assert_kept(conv_cases(conv(128, 128, 3, 32, 56, "relu", F16, groups=32), arch, "tf32"))
@@ -130,15 +155,19 @@ def test_channels_that_fill_no_tile(arch):
         assert not certify_case(case).spills
 
 
-@pytest.mark.parametrize("r", [1, 3])
-def test_64_bit_offsets(r):
-    problem = conv(64, 64, r, 2048, 224, "relu", F16)
-    (case,) = conv_cases(problem, A100, "tf32")
+@pytest.mark.parametrize(
+    ("path", "arch", "r", "k"),
+    [("gemm", A100, 1, 64), ("conv", A100, 3, 64), ("boxes", B200, 3, 128)],
+)
+def test_64_bit_offsets(path, arch, r, k):
+    problem = conv(64, k, r, 2048, 224, "relu", F16)
+    (case,) = conv_cases(problem, arch, "tf32")
+    assert case.config.path == path
     assert dict(case.launch.constants)["WIDE"]
     assert_kept([case])
     # The row's offset is formed in 64 bits: 64-bit arithmetic that the narrow code lacks.
     narrow = dataclasses.replace(problem, n=32)
-    (other,) = conv_cases(narrow, A100, "tf32")
+    (other,) = conv_cases(narrow, arch, "tf32")
 
     def arithmetic(case):
         return len(re.findall(r"\b(?:add|mul|mad)\S*\.s64", compile_case(case).asm["ptx"]))
@@ -191,53 +220,51 @@ def test_cases_cover_every_layer():
     assert len({p for p in resnet_problems(50, 1, F16) if p.pool is None}) == 24
 
 
-def im2col_certificate(capability, problem):
+def im2col_certificate(arch, problem):
     """The machine code of a Gluon kernel for a problem; one warp of the sm_100 one multiplies."""
     pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    warps, block_m, block_n, part, slots = im2col.SHAPES[capability]
+    warps, block_m, block_n, part, slots = im2col_kernel.SHAPES[arch.family]
 
     def box(rows, cols, kind="tensordesc", rank=""):
-        element = TYPES[problem.dtype]
-        return (
-            f"{kind}<{element}[{rows},{cols}],{rank}{im2col.layout(rows, cols, problem.dtype)!r}>"
-        )
+        layout = im2col_kernel.layout(rows, cols, problem.dtype)
+        return f"{kind}<{TYPES[problem.dtype]}[{rows},{cols}],{rank}{layout!r}>"
 
     types = {
-        "x": box(block_m, im2col.BLOCK_K, "tensordesc_im2col", "input_rank=4,"),
-        "w": box(block_n, im2col.BLOCK_K),
+        "x": box(block_m, im2col_kernel.BLOCK_K, "tensordesc_im2col", "input_rank=4,"),
+        "w": box(block_n, im2col_kernel.BLOCK_K),
         "scale": "*fp32",
         "shift": "*fp32",
         "residual": box(block_m, part),
         "y": box(block_m, part),
         "m": "i32",
     }
-    constants = im2col.constants_of(problem, slots)
+    constants = im2col_kernel.constants_of(problem, slots)
     source = GluonASTSource(
-        im2col.kernel_of(capability),
+        im2col_kernel.kernel_of(arch.family),
         types | dict.fromkeys(constants, "constexpr"),
         constants,
         {(at,): [["tt.divisibility", 16]] for at in (2, 3)},
     )
-    target = GPUTarget("cuda", capability, 32)
+    target = GPUTarget("cuda", arch.capability, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": warps})
-    return certify_triton(compiled, loop_warps=warps if capability == 90 else 1)
+    return certify_triton(compiled, loop_warps=warps if arch is H100 else 1)
 
 
 @pytest.mark.parametrize(
-    ("capability", "problem", "kind"),
+    ("arch", "problem", "kind"),
     [
-        (90, conv(128, 128, 3, 32, 28, "add_relu", F16), "wgmma"),
-        (100, conv(128, 128, 3, 32, 28, "add_relu", F16), "tcgen05"),
-        (100, conv(128, 256, 3, 32, 56, "relu_add_relu", BF16, stride=2), "tcgen05"),
+        (H100, conv(128, 128, 3, 32, 28, "add_relu", F16), "wgmma"),
+        (B200, conv(128, 128, 3, 32, 28, "add_relu", F16), "tcgen05"),
+        (B200, conv(128, 256, 3, 32, 56, "relu_add_relu", BF16, stride=2), "tcgen05"),
     ],
     ids=str,
 )
-def test_im2col_compiles(capability, problem, kind):
+def test_im2col_compiles(arch, problem, kind):
     """The Gluon kernels, which nothing has ever executed, compile to what they are meant to be."""
-    certificate = im2col_certificate(capability, problem)
+    certificate = im2col_certificate(arch, problem)
     assert certificate.tensor_kind == kind
     assert not certificate.spills
     assert certificate.fits
@@ -246,16 +273,17 @@ def test_im2col_compiles(capability, problem, kind):
     assert not certificate.loop.wgmma_waited_at_once
 
 
-@pytest.mark.parametrize("capability", im2col.SHAPES)
+@pytest.mark.parametrize("family", im2col_kernel.SHAPES)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_im2col_descriptors(capability, stride):
-    """What the GPU test hands over: Triton's own checks of it, and the corners of the window."""
+def test_im2col_descriptors(family, stride):
+    """What the kernel hands over: Triton's own checks of it, and the corners of the window."""
     pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
     problem = conv(128, 256, 3, 5, 28, "add_relu", F16, stride=stride)
-    out = torch.empty(5, *problem.conv_size, 256, dtype=F16)
-    x, w = torch.empty(5, 28, 28, 128, dtype=F16), torch.empty(256, 3, 3, 128, dtype=F16)
-    _, *shape, _ = im2col.SHAPES[capability]
-    pixels, weights, residual, y = im2col.descriptors(problem, x, w, out, out, *shape)
+    out = torch.empty(problem.out_shape, dtype=F16, memory_format=torch.channels_last)
+    x = torch.empty(5, 128, 28, 28, dtype=F16, memory_format=torch.channels_last)
+    w = torch.empty(256, 3, 3, 128, dtype=F16)
+    _, *tile, _ = im2col_kernel.SHAPES[family]
+    pixels, weights, residual, y = im2col_kernel.descriptors(problem, x, w, out, out, tuple(tile))
     # Windows start at -1 and, the last ones, at 26 or 25: the first or second pixel before the end.
     assert pixels.pixel_box_lower_corner == [-1, -1]
     assert pixels.pixel_box_upper_corner == [-1 if stride == 1 else -2] * 2

@@ -75,7 +75,7 @@ AGAIN = (
     ("sm_80 | gemm_kernel", "1x1 256->64 1x56x56 float16"),
     ("sm_86 | conv_kernel", "3x3 64->64 1x56x56 float16 relu"),
     ("sm_90 | gemm_tma_kernel", "1x1 64->256 1x56x56 float16 add_relu"),
-    ("sm_100 | conv_kernel", "3x3 256->256 1x14x14 float16"),
+    ("sm_100 | conv_boxes_kernel", "3x3/2 128->128 32x56x56 float16"),
     ("sm_120 | conv_kernel", "3x3 64->64 1x56x56 float32 relu | tile"),
 )
 

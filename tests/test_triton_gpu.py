@@ -13,11 +13,10 @@ from fused_resnet import backend, fuse
 from fused_resnet.backends import torch_
 from fused_resnet.backends.triton_.certify import resnet_problems
 from fused_resnet.backends.triton_.features import global_avg_pool, prepare_images
+from fused_resnet.backends.triton_.im2col_kernel import TritonIm2col
 from fused_resnet.backends.triton_.kernels import TritonAddRelu, TritonConv, TritonStemPool
 from fused_resnet.numerics import error, reference_conv, stock_conv
 from fused_resnet.problem import AddReluProblem, ConvProblem
-
-from .im2col import run_im2col
 
 pytestmark = [
     pytest.mark.gpu,
@@ -249,24 +248,20 @@ def test_no_synchronisation():
         torch.cuda.set_sync_debug_mode("default")
 
 
-CAPABILITY = 10 * torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
-
-
-@pytest.mark.skipif(CAPABILITY not in (90, 100), reason="needs compute capability 9.0 or 10.0")
 @pytest.mark.parametrize("epilogue", ["none", "relu", "add_relu", "relu_add_relu"])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_im2col_in_gluon(dtype, stride, epilogue):
-    """The kernels that no GPU had run when they were written, and that nothing uses until one has.
+    """The kernels that no GPU had run when they were written, and that only a tuner may admit.
 
     5 images of 28x28 or 14x14 fill no whole number of tiles.
     """
     problem = ConvProblem(
         5, 128, 28, 28, 256, 3, 3, (stride, stride), (1, 1), (1, 1), 1, epilogue, dtype
     )
+    kernel = TritonIm2col()
+    reason = kernel.supports(problem, torch.device("cuda", 0))
+    if reason is not None:
+        pytest.skip(reason)
     data = data_of(problem)
-    y = torch.empty(problem.out_shape, dtype=dtype, device="cuda").to(
-        memory_format=torch.channels_last
-    )
-    run_im2col(CAPABILITY, problem, data, y)
-    assert_right(y, problem, data)
+    assert_right(kernel.run(problem, *data), problem, data)

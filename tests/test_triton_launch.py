@@ -53,11 +53,14 @@ PROBLEMS = {
     "split": ConvProblem(
         1, 512, 7, 7, 512, 3, 3, (1, 1), (1, 1), (1, 1), 1, "add_relu", torch.float16
     ),
+    "boxes": ConvProblem(
+        64, 128, 28, 28, 128, 3, 3, (1, 1), (1, 1), (1, 1), 1, "add_relu", torch.float16
+    ),
     "rows": ConvProblem(
         2, 3, 32, 32, 64, 7, 7, (2, 2), (3, 3), (1, 1), 1, "add_relu", torch.float16
     ),
 }
-LAUNCHES = {"gemm": 1, "conv": 1, "split": 2, "rows": 2}
+LAUNCHES = {"gemm": 1, "conv": 1, "split": 2, "boxes": 1, "rows": 2}
 
 
 def operands(p):
@@ -69,13 +72,16 @@ def operands(p):
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("arch", [ARCHS[0], ARCHS[3]], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [ARCHS[0], ARCHS[3], ARCHS[4]], ids=["sm_80", "sm_90", "sm_100"])
 def test_only_the_launch_is_done_at_every_call(name, arch, recorder, monkeypatch):
     problem = PROBLEMS[name]
     kernel = kernels.TritonConv(arch)
     data = operands(problem)
     first = kernel.run(problem, *data)
     assert len(recorder.launches) == LAUNCHES[name]
+    if name == "boxes":
+        names = {launch.kernel.fn.__name__ for launch in recorder.bound}
+        assert ("conv_boxes_kernel" in names) == (arch.family == "tcgen05")
     bound = len(recorder.bound)
 
     def never(*_, **__):

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_resnet.backends.triton_.certify import resnet_problems
-from fused_resnet.backends.triton_.config import Config, Tile, configs, heuristic
+from fused_resnet.backends.triton_.config import Config, Tile, configs, has_boxes, heuristic
 from fused_resnet.backends.triton_.device import precision_of
 from fused_resnet.backends.triton_.kernels import TritonConv
-from fused_resnet.backends.triton_.paths import ConvPath, make_path
+from fused_resnet.backends.triton_.paths import BoxesPath, ConvPath, make_path
 from fused_resnet.backends.triton_.plans import conv_launches
 from fused_resnet.numerics import stock_conv
 from fused_resnet.problem import EPILOGUES, ConvProblem
@@ -156,7 +156,94 @@ def test_every_configuration_of_the_space(family, dtype):
             y = torch.empty(problem.out_shape, dtype=dtype, memory_format=torch.channels_last)
             path.start(x, path.pack(weight), scale, shift, residual, y)
             assert_right(y, problem, data)
-        assert {config.path for config in space} == ({"gemm", "conv"} if r == 1 else {"conv"})
+        paths = {"gemm", "conv"} if r == 1 else {"conv"}
+        # The other formulation of sm_100; of 1x1 layers it takes those whose reduction is split.
+        if family == "tcgen05" and (r == 3 or dtype == torch.float32):
+            paths.add("boxes")
+        assert {config.path for config in space} == paths
+
+
+def check_boxes(problem, split_k=1, seed=0):
+    """Pixels by descriptors, in tiles so small that a few pixels and channels have ragged edges."""
+    config = Config("boxes", Tile(32, 32, 16, 4, 3), split_k=split_k, tma=True)
+    path = make_path(problem, config, B200, "tf32", CPU)
+    assert isinstance(path, BoxesPath)
+    x, weight, scale, shift, residual = data = conv_data(problem, seed)
+    y = torch.empty(problem.out_shape, dtype=problem.dtype, memory_format=torch.channels_last)
+    y.fill_(float("nan"))
+    path.start(x, path.pack(weight), scale, shift, y if residual is None else residual, y)
+    assert_right(y, problem, data)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, (2, 1)])
+@pytest.mark.parametrize("padding", [0, 1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_boxes_of_any_geometry(stride, padding, dilation):
+    check_boxes(
+        conv_problem(
+            16, 24, 3, h=6, w=6, stride=stride, padding=padding, dilation=dilation, epilogue="add"
+        )
+    )
+
+
+@dtype
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_boxes_finish_like_every_other_path(dtype, epilogue):
+    # 9 slices in 4 splits of 3: the last program has none, and must contribute zeros.
+    split_k = 4 if epilogue == "add_relu" else 1
+    check_boxes(conv_problem(16, 40, 3, n=3, h=5, w=3, epilogue=epilogue, dtype=dtype), split_k)
+
+
+@st.composite
+def problems_of_boxes(draw):
+    r, s = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    stride = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    dilation = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    padding = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    least = [
+        max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, (r, s), padding, strict=True)
+    ]
+    h, w = (
+        t * (-(-size // t) + draw(st.integers(0, 3))) for size, t in zip(least, stride, strict=True)
+    )
+    return ConvProblem(
+        draw(st.integers(1, 5)), 16 * draw(st.integers(1, 3)), h, w, draw(st.integers(1, 40)), r, s,
+        stride, padding, dilation, 1, draw(st.sampled_from(EPILOGUES)),
+        draw(st.sampled_from(DTYPES)),
+    )  # fmt: skip
+
+
+any_boxes = given(
+    problem=problems_of_boxes(), split_k=st.sampled_from([1, 2, 3]), seed=st.integers(0, 99)
+)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@any_boxes
+def test_boxes_of_any_problem(problem, split_k, seed):
+    assert has_boxes(problem)
+    check_boxes(problem, split_k, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, deadline=None)
+@any_boxes
+def test_boxes_of_any_problem_at_length(problem, split_k, seed):
+    check_boxes(problem, split_k, seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_layers_of_128_channels_take_boxes_on_sm_100(dtype, stride):
+    problem = conv_problem(
+        128, 128, 3, n=1, h=14, w=14, stride=stride, epilogue="add_relu", dtype=dtype
+    )
+    config = heuristic(problem, dataclasses.replace(B200, sms=1), "tf32")
+    assert config.path == "boxes"
+    check(CONV["tcgen05"], problem)
+    # Rows that the stride does not divide have no view by parities.
+    odd = dataclasses.replace(problem, h=13, stride=(2, 1))
+    assert {config.path for config in configs(odd, B200, "tf32")} == {"conv"}
 
 
 def test_full_precision_is_followed(monkeypatch):

@@ -2,12 +2,12 @@
 
     kernels    what the registry sees          paths     the formulations, ready to run
     plans      problem -> launches, pure       config    tile shapes and the choice among them
-    launch     compile and bind a launch       layout    images and weights in memory
+    launch     compile and bind a launch       layout    activations and weights in memory
     dense      aligned tensors, no Triton
-    gemm conv stem reduce images epilogue      the device code
+    gemm conv boxes stem reduce images epilogue      the device code
     chain chain_plan chain_kernel              bottlenecks chained into one kernel
     features   images and pooled features      certify   what certificates cover
-    im2col im2col_sm100                        never executed, and not used
+    im2col im2col_sm100 im2col_kernel          never executed; offered to the tuner alone
 
 ``KERNELS`` is empty, and ``UNAVAILABLE`` says why, where Triton is not installed. Where it is, the
 first kernel that is made ready to run imports it.

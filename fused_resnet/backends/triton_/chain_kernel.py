@@ -18,7 +18,7 @@ from .device import arch_of, on_device, refusal
 
 if TYPE_CHECKING:
     from .chain_plan import ChainTile
-    from .paths import Weights
+    from .paths import Operand
 
 #: Bound problems a kernel keeps.
 _MAX_BOUND = 1024
@@ -31,7 +31,7 @@ class _Layout(NamedTuple):
 
 
 class _Packed(NamedTuple):
-    w: Weights
+    w: Operand
     scale: Tensor
     shift: Tensor
 
@@ -107,7 +107,7 @@ class TritonChain(PackedChainKernel):
         """A weight [K, C, R, S] as [K, R*S*C], scale and shift as aligned fp32 arrays."""
         from .layout import matrix
 
-        w: Weights = weight.detach().permute(0, 2, 3, 1).contiguous()
+        w: Operand = weight.detach().permute(0, 2, 3, 1).contiguous()
         if problem.box is not None:
             w = matrix(w, weight.shape[0], weight[0].numel(), problem.box)
         return _Packed(w, vector(scale), vector(shift))

@@ -77,10 +77,11 @@ class Tile:
 class Config:
     """All that a convolution of this backend is specialised for, beyond the problem itself.
 
-    ``path`` is the formulation: ``gemm`` (1x1), ``conv`` (implicit GEMM, any problem) or ``rows``
-    (few input channels). ``group_m`` tile rows are walked together, so that weights and pixels are
-    found in L2. ``merged`` groups are computed as one. With ``tma`` operands come through tensor
-    descriptors: all of them in ``gemm``, the weights in ``conv``.
+    ``path`` is the formulation: ``gemm`` (1x1), ``conv`` (implicit GEMM, any problem), ``boxes``
+    (implicit GEMM, pixels by TMA) or ``rows`` (few input channels). ``group_m`` tile rows are
+    walked together, so that weights and pixels are found in L2. ``merged`` groups are computed as
+    one. With ``tma`` operands come through tensor descriptors: all of them in ``gemm``, the weights
+    in ``conv``, pixels and weights in ``boxes``.
     """
 
     path: str
@@ -128,8 +129,8 @@ _TCGEN16_GEMM = (
     Tile(64, 128, 64, 4, 4, share=1.00),
     Tile(128, 64, 64, 8, 4, share=1.00),
 )
-# On sm_100 tensor cores read both operands from shared memory, which binds all but the widest tile:
-# layers of K = 128 stay at two thirds of the tensor rate there.
+# On sm_100 both operands are read from shared memory, where cp.async writes the pixels too:
+# that binds all but the widest tile. Layers of K = 128 have ``boxes`` instead.
 _TCGEN16_CONV = (
     Tile(128, 256, 64, 8, 3, parts=2, share=1.00),
     Tile(128, 128, 64, 8, 4, parts=2, share=0.66),
@@ -138,6 +139,7 @@ _TCGEN16_CONV = (
     # Eight warps: rows of odd channel counts are gathered by single elements, with an address each.
     Tile(128, 32, 32, 8, 4, share=0.13, resident=2),
 )
+_TCGEN16_BOXES = (Tile(128, 128, 64, 4, 3, parts=2, share=1.00, resident=2),)
 # tf32: the same bytes, half the elements.
 _MMA32 = (
     Tile(128, 128, 32, 8, 3, share=1.00),
@@ -173,6 +175,7 @@ _TCGEN32_CONV = (
     # Eight warps: with four the addresses of rows are spilled.
     Tile(128, 32, 32, 8, 4, share=0.13, resident=2),
 )
+_TCGEN32_BOXES = (Tile(128, 128, 32, 4, 3, parts=2, share=1.00, resident=2),)
 # Full-precision fp32 runs on the ordinary multiply-add units.
 _IEEE = (
     Tile(128, 64, 16, 8, 3, share=0.80, resident=2),
@@ -198,6 +201,8 @@ def _space(family: str, kind: str, path: str) -> tuple[Tile, ...]:
         return {"16": _ROWS16, "tf32": _ROWS32, "ieee": _ROWS_IEEE}[kind]
     if kind == "ieee":
         return _IEEE
+    if path == "boxes":
+        return {"16": _TCGEN16_BOXES, "tf32": _TCGEN32_BOXES}[kind]
     spaces = {
         ("16", "mma"): (_MMA16, _MMA16),
         ("16", "wgmma"): (_WGMMA16_GEMM, _WGMMA16_CONV),
@@ -250,28 +255,65 @@ def padded_channels(problem: ConvProblem) -> int | None:
     return cp if problem.s * cp * problem.dtype.itemsize <= 128 else None
 
 
+def has_boxes(problem: ConvProblem) -> bool:
+    """Whether the pixels that a filter tap needs are boxes of the image: ``boxes`` says how."""
+    strides = zip((problem.h, problem.w), problem.stride, strict=True)
+    return problem.groups == 1 and all(size % stride == 0 for size, stride in strides)
+
+
+def pixel_box(problem: ConvProblem, block_m: int) -> tuple[int, int, int]:
+    """Images, rows and columns of the output in one tile of ``boxes``: powers of two.
+
+    As few boxes as possible, and of those the widest: neighbours in a row lie together in memory.
+    """
+    sizes = [1 << i for i in range(block_m.bit_length())]
+    boxes = [
+        (block_m // (rows * columns), rows, columns)
+        for columns in sizes
+        for rows in sizes
+        if rows * columns <= block_m
+    ]
+    return min(boxes, key=lambda box: (count_boxes(problem, box), -box[2], -box[1]))
+
+
+def count_boxes(problem: ConvProblem, box: tuple[int, int, int]) -> int:
+    """Boxes of this shape that cover the output pixels of all images."""
+    shape = problem.n, *problem.conv_size
+    return math.prod(math.ceil(size / step) for size, step in zip(shape, box, strict=True))
+
+
 def configs(problem: ConvProblem, arch: Arch, precision: str) -> Iterator[Config]:
     """The space of configurations for this problem: bounded, all valid, in no order.
 
     ``precision`` is ``tf32`` or ``ieee`` and matters for fp32.
     """
+    kind = _kind(problem, precision)
     paths = ["gemm", "conv"] if problem.is_gemm else ["conv"]
+    if arch.family == "tcgen05" and kind != "ieee" and has_boxes(problem):
+        paths.append("boxes")
     if padded_channels(problem) is not None and not problem.is_gemm:
         paths = ["rows"]
-    for path in paths:
-        yield from _path_configs(problem, arch, path, precision)
+    space = [c for path in paths for c in _path_configs(problem, arch, path, kind)]
+    least = 0.0
+    if problem.k // problem.groups >= 128:
+        # Tensor cores are not wasted where there is a configuration that keeps them busy.
+        least = min(MIN_SHARE, max(config.tile.share for config in space))
+    yield from (config for config in space if config.tile.share >= least)
 
 
-def _path_configs(problem: ConvProblem, arch: Arch, path: str, precision: str) -> Iterator[Config]:
-    """``configs`` of one path."""
+def _kind(problem: ConvProblem, precision: str) -> str:
+    """``16``-bit, ``tf32`` or ``ieee`` operands."""
+    if problem.dtype != torch.float32:
+        return "16"
+    return "ieee" if precision == "ieee" else "tf32"
+
+
+def _path_configs(problem: ConvProblem, arch: Arch, path: str, kind: str) -> Iterator[Config]:
+    """``configs`` of one path, whatever their share."""
     item = problem.dtype.itemsize
     merged = merged_groups(problem) if path == "conv" else 1
     groups = problem.groups // merged
     c, k = problem.c // groups, problem.k // groups
-    if problem.dtype == torch.float32 and precision == "ieee":
-        kind = "ieee"
-    else:
-        kind = "tf32" if problem.dtype == torch.float32 else "16"
     asynchronous = arch.family != "mma" and kind != "ieee"
     for tile in _tiles(_space(arch.family, kind, path), k):
         if path == "gemm":
@@ -281,24 +323,22 @@ def _path_configs(problem: ConvProblem, arch: Arch, path: str, precision: str) -
             yield Config(path, tile, tma=tma, warp_specialize=tma and arch.family == "tcgen05")
         elif path == "rows":
             yield Config(path, tile)
-        else:
+        elif path == "conv" or c % tile.block_k == 0:
             # A slice of the weights must not reach into the next filter tap or the next group.
             tma = asynchronous and c % tile.block_k == 0 and problem.k % tile.block_n == 0
             steps = problem.r * problem.s * math.ceil(c / tile.block_k)
             for split in _SPLITS if problem.groups == 1 else (1,):
+                if path == "boxes" and problem.is_gemm and split == 1:
+                    continue  # ``gemm`` moves larger boxes, and is persistent
                 # At least four slices a program, so that the pipeline fills.
                 if split == 1 or steps // split >= 4:
                     yield Config(path, tile, split_k=split, merged=merged, tma=tma)
 
 
-def _tiles(space: tuple[Tile, ...], k: int) -> tuple[Tile, ...]:
-    """Tiles for k output channels: none much wider, none that wastes tensor cores without need."""
+def _tiles(space: tuple[Tile, ...], k: int) -> Iterator[Tile]:
+    """Tiles for k output channels: none much wider."""
     narrowest = min(tile.block_n for tile in space)
-    fitting = tuple(t for t in space if t.block_n <= max(narrowest, _power_of_two(k)))
-    if k < 128:
-        return fitting
-    least = min(MIN_SHARE, max(tile.share for tile in fitting))
-    return tuple(tile for tile in fitting if tile.share >= least)
+    return (t for t in space if t.block_n <= max(narrowest, _power_of_two(k)))
 
 
 def heuristic(problem: ConvProblem, arch: Arch, precision: str) -> Config:
@@ -320,7 +360,10 @@ def predicted_cycles(config: Config, problem: ConvProblem, arch: Arch, precision
     groups = problem.groups // config.merged
     c, k = problem.c // groups, problem.k // groups
     steps = problem.r * problem.s * math.ceil(c / tile.block_k)
-    programs = math.ceil(m / tile.block_m) * math.ceil(k / tile.block_n) * groups * config.split_k
+    tiles_m = math.ceil(m / tile.block_m)
+    if config.path == "boxes":
+        tiles_m = count_boxes(problem, pixel_box(problem, tile.block_m))
+    programs = tiles_m * math.ceil(k / tile.block_n) * groups * config.split_k
     per_sm = math.ceil(programs / arch.sms)
     depth = math.ceil(steps / config.split_k) * tile.block_k
     rate = arch.multiply_adds(problem.dtype, precision) * tile.share

@@ -1,9 +1,9 @@
 """Convolution on sm_90 by TMA im2col and warp specialisation, in Gluon: NEVER EXECUTED.
 
 Gluon kernels do not run in Triton's interpreter and no GPU has run this one: a test compiles it
-ahead of time, and nothing else. No kernel of ``KERNELS`` uses it; only a user's own verification
-against float64 may admit it: ``pytest -m gpu tests/test_triton_gpu.py -k gluon`` is one. For sm_100
-see ``im2col_sm100``.
+ahead of time, and nothing else. Only a user's own verification against float64 may admit it: a
+tuner's (``im2col_kernel``); ``pytest -m gpu tests/test_triton_gpu.py -k gluon`` is another. For
+sm_100 see ``im2col_sm100``.
 
 TMA im2col keeps the flat order of output pixels: a box of it is BLOCK_M rows of the
 [N*OH*OW, R*S*C] matrix at one filter tap, with zeros where the window leaves the image. So one warp

@@ -1,11 +1,10 @@
 """The convolution of ``im2col`` on sm_100, by tcgen05 and tensor memory, in Gluon: NEVER EXECUTED.
 
 As for ``im2col``, a test compiles it ahead of time, and nothing else: Gluon kernels do not run in
-Triton's interpreter, no GPU has run this one, and no kernel of ``KERNELS`` uses it.
+Triton's interpreter, no GPU has run this one, and only a tuner may admit it (``im2col_kernel``).
 
-Why it is here: tcgen05 reads both operands from shared memory, and pixels that cp.async writes
-there pass the same 128 bytes a clock. For layers of 128 output channels that leaves two thirds of
-the tensor rate (*predicted*). TMA writes by a path of its own.
+What it has over ``boxes``: a tile is any 128 pixels in a row, so that no image size leaves boxes
+half empty, and a warp of its own loads while tensor memory holds the sums of two tiles.
 
 Three roles. One warp loads, as on sm_90. One warp issues the products: they are asynchronous, and
 their completion frees the slot of the ring or publishes the sum. The others finish tiles. Sums lie

@@ -29,9 +29,10 @@ from .config import (
 )
 from .dense import channels_last, nearest_tf32, vector
 from .device import arch_of, on_device, precision_of, refusal
+from .im2col_kernel import TritonIm2col
 
 if TYPE_CHECKING:
-    from .paths import Path, Weights
+    from .paths import Operand, Path
 
 #: The max-pool of a ResNet stem, the one that is fused.
 STEM_POOL = MaxPool(kernel=(3, 3), stride=(2, 2), padding=(1, 1))
@@ -87,23 +88,23 @@ class _TritonConvolution(PackedKernel):
         """See `PackedKernel`."""
         return super().layout(self._path(problem, device), device)
 
-    def packed(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Weights:
+    def packed(self, problem: ConvProblem, weight: Tensor, scale: Tensor, shift: Tensor) -> Operand:
         """The packed weights for this problem, from the cache where it is still true."""
         if isinstance(weight, Prepared):
-            return cast("Weights", weight.value)
+            return cast("Operand", weight.value)
         # Layouts depend on the device too, which only the path knows.
-        packed: Weights = super().packed(self._path(problem, weight.device), weight, scale, shift)
+        packed: Operand = super().packed(self._path(problem, weight.device), weight, scale, shift)
         return packed
 
     def pack_key(self, problem: Any) -> Hashable:
         """The layout of a path, and how its weights are rounded."""
         return problem.layout, problem.tf32
 
-    def prepare(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> Weights:
+    def prepare(self, problem: Any, weight: Tensor, scale: Tensor, shift: Tensor) -> Operand:
         """Weights in the layout of a path."""
         if problem.tf32:
             weight = nearest_tf32(weight)
-        packed: Weights = problem.pack(weight)
+        packed: Operand = problem.pack(weight)
         return packed
 
     def run(
@@ -162,7 +163,10 @@ class TritonConv(_TritonConvolution):
         return reason
 
     def variants(self, problem: ConvProblem, device: torch.device) -> tuple[Kernel, ...]:
-        """The configurations of the smallest predicted times; the first is what this one takes."""
+        """The configurations of the smallest predicted times; the first is what this one takes.
+
+        The last is TMA im2col where the GPU has it, which nothing but a tuner may admit.
+        """
         if self._config is not None or device.type != "cuda":
             return (self,)
         arch, precision = self._arch or arch_of(device), precision_of(problem.dtype)
@@ -170,7 +174,8 @@ class TritonConv(_TritonConvolution):
             configs(problem, arch, precision),
             key=lambda config: predicted_cycles(config, problem, arch, precision),
         )
-        return (self, *(_configured(self._arch, config) for config in ranked[1:_VARIANTS]))
+        im2col = (_IM2COL,) if _IM2COL.supports(problem, device) is None else ()
+        return (self, *(_configured(self._arch, config) for config in ranked[1:_VARIANTS]), *im2col)
 
     def _make(self, problem: ConvProblem, arch: Arch, precision: str, device: torch.device) -> Path:
         from .paths import make_path
@@ -178,6 +183,8 @@ class TritonConv(_TritonConvolution):
         config = self._config or heuristic(problem, arch, precision)
         return make_path(problem, config, arch, precision, device)
 
+
+_IM2COL = TritonIm2col()
 
 #: Configurations of one problem that a tuner times.
 _VARIANTS = 8

@@ -21,6 +21,17 @@ def matrix(tensor: Tensor, rows: int, cols: int, box: tuple[int, int]) -> Tensor
     return TensorDescriptor(tensor, [rows, cols], [cols, 1], [*box])
 
 
+def parity_view(x: Tensor, stride: tuple[int, int], box: tuple[int, ...]) -> TensorDescriptor:
+    """Descriptor of a dense channels_last x as [n, h / sh, sh, w / sw, sw * c], moved in boxes.
+
+    The stride (sh, sw) divides h and w. Dimension 2 and the blocks of c channels in the last one
+    are what a row's and a column's number leave when divided by the stride.
+    """
+    (n, c, h, w), (sh, sw) = x.shape, stride
+    shape = [n, h // sh, sh, w // sw, sw * c]
+    return TensorDescriptor(x, shape, [h * w * c, sh * w * c, w * c, sw * c, 1], [*box])
+
+
 def tap_weights(problem: ConvProblem, weight: Tensor, merged: int) -> Tensor:
     """Weight [K, C, R, S] as dense [K, R, S, merged * C], channels innermost.
 

@@ -1,4 +1,4 @@
-"""The three formulations of a convolution, ready to run: compiled code and every size it is given.
+"""The formulations of a convolution, ready to run: compiled code and every size it is given.
 
 A path is made once per problem and device. ``pack`` lays the weights out, ``start`` launches.
 """
@@ -15,14 +15,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_resnet.problem import ConvProblem
 
-from .config import Arch, Config, Tile
+from .config import Arch, Config, Tile, pixel_box
 from .dense import channels_last
 from .launch import bind
-from .layout import matrix, padded_image, row_weights, tap_weights
-from .plans import conv_launches, pool_strip, rows_layout, stem_pool_launch
+from .layout import matrix, padded_image, parity_view, row_weights, tap_weights
+from .plans import conv_launches, image_box, pool_strip, rows_layout, stem_pool_launch
 
-#: Weights as a kernel takes them: a tensor, or a tensor descriptor of one.
-Weights: TypeAlias = "Tensor | TensorDescriptor"
+#: An operand as a kernel takes it: a tensor, or a tensor descriptor of one.
+Operand: TypeAlias = "Tensor | TensorDescriptor"
 
 
 class Path(ABC):
@@ -37,12 +37,12 @@ class Path(ABC):
         """What the packed weights depend on beside the weight itself."""
 
     @abstractmethod
-    def pack(self, weight: Tensor) -> Weights:
+    def pack(self, weight: Tensor) -> Operand:
         """The weight [K, C, R, S] in the layout of this path."""
 
     @abstractmethod
     def start(
-        self, x: Tensor, w: Weights, scale: Tensor, shift: Tensor, residual: Tensor, y: Tensor
+        self, x: Tensor, w: Operand, scale: Tensor, shift: Tensor, residual: Tensor, y: Tensor
     ) -> None:
         """Launch on the current stream; ``residual`` and ``y`` are dense in channels_last order."""
 
@@ -68,13 +68,13 @@ class GemmPath(Path):
         """The box of a descriptor, or plain memory."""
         return self._w_box if self._tma else None
 
-    def pack(self, weight: Tensor) -> Weights:
+    def pack(self, weight: Tensor) -> Operand:
         """[K, C], or a descriptor of it."""
         w = tap_weights(self._problem, weight, 1)
         return matrix(w, self._problem.k, self._problem.c, self._w_box) if self._tma else w
 
     def start(
-        self, x: Tensor, w: Weights, scale: Tensor, shift: Tensor, residual: Tensor, y: Tensor
+        self, x: Tensor, w: Operand, scale: Tensor, shift: Tensor, residual: Tensor, y: Tensor
     ) -> None:
         """One launch; descriptors of the activations are made for their addresses."""
         x = channels_last(x)
@@ -100,7 +100,7 @@ class ConvPath(Path):
         self._config = config
         oh, ow = problem.conv_size
         self._m = problem.n * oh * ow
-        self._sizes = problem.n, problem.h, problem.w, oh, ow
+        self._sizes: tuple[int, ...] = (problem.n, problem.h, problem.w, oh, ow)
         self._box = config.tile.block_n, config.tile.block_k
 
     @property
@@ -108,25 +108,44 @@ class ConvPath(Path):
         """Merged groups, and the box of a descriptor."""
         return self._config.merged, self._box if self._config.tma else None
 
-    def pack(self, weight: Tensor) -> Weights:
+    def pack(self, weight: Tensor) -> Operand:
         """[K, R, S, C], groups merged, or a descriptor of it as [K, R*S*C]."""
         w = tap_weights(self._problem, weight, self._config.merged)
         k = self._problem.k
         return matrix(w, k, w.numel() // k, self._box) if self._config.tma else w
 
     def start(
-        self, x: Tensor, w: Weights, scale: Tensor, shift: Tensor, residual: Tensor, y: Tensor
+        self, x: Tensor, w: Operand, scale: Tensor, shift: Tensor, residual: Tensor, y: Tensor
     ) -> None:
         """One launch, or two with a workspace of partial sums between them."""
-        x = channels_last(x)
+        pixels = self._pixels(channels_last(x))
         if self._reduce is None:
-            self._start(x, w, scale, shift, residual, y, *self._sizes)
+            self._start(pixels, w, scale, shift, residual, y, *self._sizes)
             return
         partial = torch.empty(
             (self._config.split_k, self._m, self._problem.k), dtype=torch.float32, device=x.device
         )
-        self._start(x, w, scale, shift, residual, partial, *self._sizes)
+        self._start(pixels, w, scale, shift, residual, partial, *self._sizes)
         self._reduce(partial, scale, shift, residual, y, self._m)
+
+    def _pixels(self, x: Tensor) -> Operand:
+        """X as the kernel takes it."""
+        return x
+
+
+class BoxesPath(ConvPath):
+    """Implicit GEMM as ``ConvPath``, but the pixels come through a tensor descriptor too."""
+
+    def __init__(
+        self, problem: ConvProblem, config: Config, arch: Arch, precision: str, device: torch.device
+    ) -> None:
+        super().__init__(problem, config, arch, precision, device)
+        self._sizes = problem.n, *problem.conv_size
+        tile = config.tile
+        self._image_box = image_box(pixel_box(problem, tile.block_m), tile.block_k)
+
+    def _pixels(self, x: Tensor) -> Operand:
+        return parity_view(x, self._problem.stride, self._image_box)
 
 
 class RowsPath(Path):
@@ -147,7 +166,7 @@ class RowsPath(Path):
         """The runs' shape."""
         return self._rows.cp, self._rows.seg, self._rows.rows
 
-    def pack(self, weight: Tensor) -> Weights:
+    def pack(self, weight: Tensor) -> Operand:
         """[K, rows, seg]."""
         return row_weights(self._problem, weight, self._rows)
 
@@ -156,7 +175,7 @@ class RowsPath(Path):
         return padded_image(x, (rows.hp, rows.wp, rows.cp), self._problem.padding, x.dtype)
 
     def start(
-        self, x: Tensor, w: Weights, scale: Tensor, shift: Tensor, residual: Tensor, y: Tensor
+        self, x: Tensor, w: Operand, scale: Tensor, shift: Tensor, residual: Tensor, y: Tensor
     ) -> None:
         """Two launches: the padded image, which takes x in any layout, and the convolution."""
         self._start(self._image(x), w, scale, shift, residual, y, *self._sizes)
@@ -176,7 +195,7 @@ class StemPoolPath(RowsPath):
         self._sizes = *sizes, pool_strip(problem, tile, arch)
 
     def start(
-        self, x: Tensor, w: Weights, scale: Tensor, shift: Tensor, residual: Tensor, y: Tensor
+        self, x: Tensor, w: Operand, scale: Tensor, shift: Tensor, residual: Tensor, y: Tensor
     ) -> None:
         """Two launches; there is no residual."""
         del residual
@@ -188,6 +207,6 @@ def make_path(
 ) -> Path:
     """The path that ``config`` names."""
     paths: dict[str, type[GemmPath | ConvPath | RowsPath]] = {
-        "gemm": GemmPath, "conv": ConvPath, "rows": RowsPath,
+        "gemm": GemmPath, "conv": ConvPath, "boxes": BoxesPath, "rows": RowsPath,
     }  # fmt: skip
     return paths[config.path](problem, config, arch, precision, device)

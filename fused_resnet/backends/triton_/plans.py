@@ -13,7 +13,8 @@ import torch
 
 from fused_resnet.problem import AddReluProblem, ConvProblem
 
-from .config import Arch, Config, Tile, padded_channels
+from .boxes import conv_boxes_kernel
+from .config import Arch, Config, Tile, count_boxes, padded_channels, pixel_box
 from .conv import conv_kernel
 from .gemm import gemm_kernel, gemm_tma_kernel
 from .images import add_relu_kernel, mean_kernel, pad_kernel
@@ -70,9 +71,8 @@ def conv_launches(
         return (_gemm(problem, config, arch, precision),)
     if config.path == "rows":
         return (_rows(problem, config, precision),)
-    if config.split_k == 1:
-        return (_conv(problem, config, precision),)
-    return (_conv(problem, config, precision), _reduce(problem, config))
+    conv = (_boxes if config.path == "boxes" else _conv)(problem, config, precision)
+    return (conv,) if config.split_k == 1 else (conv, _reduce(problem, config))
 
 
 def _gemm(problem: ConvProblem, config: Config, arch: Arch, precision: str) -> Launch:
@@ -127,19 +127,9 @@ def _conv(problem: ConvProblem, config: Config, precision: str) -> Launch:
         "K": k,
         "GROUPS": groups,
         "MERGED": config.merged,
-        "R": problem.r,
-        "S": problem.s,
-        "STRIDE_H": problem.stride[0],
-        "STRIDE_W": problem.stride[1],
-        "PAD_H": problem.padding[0],
-        "PAD_W": problem.padding[1],
-        "DIL_H": problem.dilation[0],
-        "DIL_W": problem.dilation[1],
+        **_window_constants(problem),
         **_tile_constants(config),
-        "SPLIT_K": split,
-        "PARTS": tile.parts,
-        "EPILOGUE": problem.epilogue if split == 1 else "partial",
-        "PRECISION": precision,
+        **_finish_constants(problem, config, precision),
         "W_TMA": config.tma,
         "WIDE": is_wide(
             problem.n * problem.c * problem.h * problem.w,
@@ -148,6 +138,54 @@ def _conv(problem: ConvProblem, config: Config, precision: str) -> Launch:
         ),
     }
     return _launch(conv_kernel, signature, constants, tile, (tiles, split, 1))
+
+
+def _boxes(problem: ConvProblem, config: Config, precision: str) -> Launch:
+    tile, split = config.tile, config.split_k
+    oh, ow = problem.conv_size
+    pixels = pixel_box(problem, tile.block_m)
+    signature = _operands(problem, problem.dtype if split == 1 else torch.float32)
+    signature[0] = ("x", box(problem.dtype, *image_box(pixels, tile.block_k)))
+    signature[1] = ("w", box(problem.dtype, tile.block_n, tile.block_k))
+    signature += [(name, "i32") for name in ("n", "oh", "ow")]
+    constants = {
+        "C": problem.c,
+        "K": problem.k,
+        **_window_constants(problem),
+        **_tile_constants(config),
+        **_finish_constants(problem, config, precision),
+        "WIDE": is_wide(split * problem.n * oh * ow * problem.k),
+    }
+    tiles = count_boxes(problem, pixels) * math.ceil(problem.k / tile.block_n)
+    return _launch(conv_boxes_kernel, signature, constants, tile, (tiles, split, 1))
+
+
+def image_box(pixels: tuple[int, int, int], block_k: int) -> tuple[int, ...]:
+    """The box of ``conv_boxes_kernel``'s view of the image: one parity of rows, one of columns."""
+    images, rows, columns = pixels
+    return images, rows, 1, columns, block_k
+
+
+def _window_constants(problem: ConvProblem) -> dict[str, Any]:
+    return {
+        "R": problem.r,
+        "S": problem.s,
+        "STRIDE_H": problem.stride[0],
+        "STRIDE_W": problem.stride[1],
+        "PAD_H": problem.padding[0],
+        "PAD_W": problem.padding[1],
+        "DIL_H": problem.dilation[0],
+        "DIL_W": problem.dilation[1],
+    }
+
+
+def _finish_constants(problem: ConvProblem, config: Config, precision: str) -> dict[str, Any]:
+    return {
+        "SPLIT_K": config.split_k,
+        "PARTS": config.tile.parts,
+        "EPILOGUE": problem.epilogue if config.split_k == 1 else "partial",
+        "PRECISION": precision,
+    }
 
 
 #: Tile of the reduction of partial sums.
