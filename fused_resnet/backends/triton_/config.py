@@ -192,7 +192,7 @@ _ROWS32 = (
     Tile(128, 64, 32, 4, 3, share=0.89, resident=2),
     Tile(128, 32, 32, 4, 3, share=0.60, resident=3),
 )
-_ROWS_IEEE = (Tile(64, 32, 32, 4, 3, share=0.60, resident=4),)
+_ROWS_IEEE = (Tile(64, 32, 32, 8, 3, share=0.30, resident=3),)
 
 
 def _space(family: str, kind: str, path: str) -> tuple[Tile, ...]:
@@ -217,7 +217,7 @@ def _space(family: str, kind: str, path: str) -> tuple[Tile, ...]:
 def stem_pool_tile(dtype: torch.dtype, precision: str) -> Tile:
     """Tile of the stem with max-pool: BLOCK_M conv columns, of which BLOCK_M / 2 - 1 are pooled."""
     if dtype == torch.float32 and precision == "ieee":
-        return _ROWS_IEEE[0]
+        return Tile(64, 32, 32, 4, 3, share=0.60, resident=4)
     return Tile(128, 64, 128 // dtype.itemsize, 8, 3, share=0.57, resident=2)
 
 
