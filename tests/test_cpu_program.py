@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from fused_resnet.backends.cpu_program import (
 from fused_resnet.numerics import error, reference_conv, stock_conv
 from fused_resnet.problem import MaxPool
 from tests.helpers import assert_within_rule, channels_last, conv_problem, draw, short
+from tests.leaks import left_by, needs_mallinfo
 
 pytestmark = pytest.mark.skipif(extension is None, reason="no compiled extension")
 
@@ -366,44 +366,28 @@ def test_memory_does_not_grow_in_a_million_calls() -> None:
     assert resident_bytes() - before < 1 << 20
 
 
-class MallInfo(ctypes.Structure):
-    """glibc's ``struct mallinfo2``."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
-            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
-        )
-    ]
-
-
-def allocated() -> tuple[int, int]:
-    """Bytes that malloc has given out, and blocks that Python has."""
-    mallinfo = ctypes.CDLL(None).mallinfo2
-    mallinfo.restype = MallInfo
-    info = mallinfo()
-    return info.uordblks + info.hblkhd, sys.getallocatedblocks()
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no glibc of 2.33 or later")
+@needs_mallinfo
 def test_a_call_leaves_nothing_allocated() -> None:
     program, x = small_program()
+    assert left_by(lambda: program(x)) < 8
 
-    def growth(calls: int) -> tuple[int, int]:
-        gc.collect()
-        before = allocated()
-        for _ in range(calls):
-            program(x)
-        gc.collect()
-        after = allocated()
-        return after[0] - before[0], after[1] - before[1]
 
-    growth(100)
-    # The smallest of some, since threads of libraries may allocate beside: a leak is in each.
-    in_bytes, blocks = map(min, zip(*(growth(1000) for _ in range(3)), strict=True))
-    assert in_bytes < 8 * 1000
-    assert blocks < 100
+@needs_mallinfo
+def test_a_leak_is_seen() -> None:
+    program, x = small_program()
+    malloc = ctypes.CDLL(None).malloc
+    kept: list[bytes] = []
+
+    def leaks() -> None:
+        program(x)
+        malloc(48)
+
+    def keeps() -> None:
+        program(x)
+        kept.append(bytes(64))
+
+    assert left_by(leaks) > 40
+    assert left_by(keeps) > 40
 
 
 def test_the_arena_is_what_the_values_need_at_once() -> None:
