@@ -180,7 +180,7 @@ def chain_problems(offer: Offer, n: int, dtype: torch.dtype) -> list[ChainProble
         found.append(block(min(m, offer.next), offer.proj, "all"))
     found.append(block(offer.next, offer.proj, "even"))
     found.append(block(0, 0, "pool"))
-    return [p for p in dict.fromkeys(found) if offer.even or p.store != "even"]
+    return [p for p in dict.fromkeys(found) if p.store in offer.stores]
 
 
 def chain_cases(

@@ -131,7 +131,7 @@ class Offer:
         shared: KiB of shared memory that the widest problem takes.
         registers: programs that one SM's registers hold at once, at least.
         tile: the configuration.
-        even: whether it may store even pixels only: their addresses take registers.
+        stores: what it may store; addresses of even pixels and sums of a pool take registers.
     """
 
     m: int
@@ -140,7 +140,7 @@ class Offer:
     shared: int
     registers: int
     tile: ChainTile
-    even: bool = True
+    stores: tuple[str, ...] = ("all", "even", "pool")
 
     def resident(self, arch: Arch) -> int:
         """Programs that one SM holds at once."""
@@ -159,7 +159,7 @@ _MMA = (
     Offer(64, 128, 64, 66, 2, ChainTile(*_64)),
     Offer(64, 64, 64, 74, 1, ChainTile(*_128)),
     Offer(128, 128, 0, 73, 2, ChainTile(*_64)),
-    Offer(128, 128, 0, 97, 1, ChainTile(*_128), even=False),
+    Offer(128, 128, 0, 97, 1, ChainTile(*_128), stores=("all", "pool")),
     Offer(128, 256, 0, 89, 1, ChainTile(*_WIDE)),
     Offer(128, 128, 256, 89, 1, ChainTile(64, 32, 64, 4, 3, 2)),
     Offer(128, 256, 256, 97, 1, ChainTile(*_THIN)),
@@ -184,7 +184,7 @@ _TCGEN05 = (
     Offer(64, 128, 64, 84, 2, ChainTile(*_64, tma=True)),
     Offer(64, 128, 0, 86, 1, ChainTile(*_128, tma=True)),
     Offer(128, 128, 0, 92, 2, ChainTile(*_64, tma=True)),
-    Offer(128, 128, 0, 118, 1, ChainTile(*_128, tma=True)),
+    Offer(128, 128, 0, 118, 1, ChainTile(*_128, tma=True), stores=("all", "even")),
     Offer(128, 256, 256, 218, 1, ChainTile(*_WIDE, tma=True)),
     Offer(256, 256, 0, 121, 1, ChainTile(*_THIN, tma=True)),
 )
@@ -214,7 +214,7 @@ def chain_tiles(problem: ChainProblem, arch: Arch) -> tuple[ChainTile, ...]:
         if offer.m == p.m
         and p.next <= offer.next
         and p.proj <= offer.proj
-        and (offer.even or p.store != "even")
+        and p.store in offer.stores
     ]
     fitting.sort(key=lambda offer: predicted_cycles(problem, offer, arch))
     return tuple(dict.fromkeys(offer.tile for offer in fitting))
