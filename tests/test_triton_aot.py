@@ -458,7 +458,8 @@ def test_every_gpu_has_chains_for_the_stages_of_resnet50(arch):
             fitting = [
                 offer
                 for offer in offers(arch)
-                if (offer.m, offer.even or block.store != "even") == (block.m, True)
+                if offer.m == block.m
+                and block.store in offer.stores
                 and block.next <= offer.next
                 and block.proj <= offer.proj
             ]
