@@ -76,7 +76,7 @@ def save(plan: Plan, path: str | Path, state: Mapping[str, Tensor] | None) -> No
     if not content.specialisations:
         raise ValueError(f"this plan is not specialised, so there is nothing to save: {plan}")
     known = content.weights.state if state is None else state
-    if not known:
+    if not known and content.like:
         raise ValueError(
             "this plan keeps no weights but packed ones: give them, plan.save(path, "
             "model.state_dict())"

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from torch import Tensor
 
+from fused_resnet import backends
 from fused_resnet.chain_planner import ChainOutcome
 from fused_resnet.console import duration, megabytes, plain, table
 from fused_resnet.layers import Plain
@@ -191,11 +193,13 @@ def report(
 def _part(inputs: str, specialisation: Specialisation, settings: Settings) -> Part:
     decision = specialisation.decision
     outcomes = {o.layer.result: o for o in decision.outcomes}
+    layers = specialisation.program.layers
+    device = layers.graph.meta[layers.graph.inputs[0]].device
     rows = [
         Row(layer.name, "", "torch")
         if isinstance(layer, Plain)
-        else _row(outcomes[layer.result], settings)
-        for layer in specialisation.program.layers.layers
+        else _row(outcomes[layer.result], settings, device)
+        for layer in layers.layers
     ]
     total = sum(row.seconds or 0.0 for row in rows)
     shared = tuple(
@@ -206,21 +210,27 @@ def _part(inputs: str, specialisation: Specialisation, settings: Settings) -> Pa
     return Part(inputs, shared, decision.seconds, tuple(decision.notes), decision.chains)
 
 
-def _row(outcome: Outcome, settings: Settings) -> Row:
-    name = outcome.kernel.full_name
+def _row(outcome: Outcome, settings: Settings, device: torch.device) -> Row:
+    layer, name = outcome.layer, outcome.kernel.full_name
     seconds = None
     rivals: list[Rival] = []
     if outcome.entry is not None:
         timings = {t.kernel: t for t in outcome.entry.timings}
         mine = timings.get(name)
         seconds = None if mine is None else mine.seconds
-        tolerance = settings.tolerance_of(outcome.layer.problem.dtype)
+        tolerance = settings.tolerance_of(layer.problem.dtype)
         others = sorted((t for t in timings.values() if t is not mine), key=lambda t: t.seconds)
-        rivals = [Rival(t.kernel, _why_not(t, mine, tolerance)) for t in others]
+        for timing in others:
+            kernel = backends.named(layer.op, timing.kernel, layer.problem, device)
+            if settings.compact and kernel is not None and kernel.expands:
+                why = "its packed weights are larger than the weights, and the plan is compact"
+            else:
+                why = _why_not(timing, mine, tolerance)
+            rivals.append(Rival(timing.kernel, why))
         rivals += [Rival(kernel, why) for kernel, why in outcome.entry.rejected]
     return Row(
-        outcome.layer.name,
-        str(outcome.layer.problem),
+        layer.name,
+        str(layer.problem),
         name,
         seconds,
         None,

@@ -118,14 +118,13 @@ class Weights:
 
     def release(self) -> None:
         """Let go of the weights themselves: no more programs can be made."""
-        if self.state:
+        if self._fingerprint is None:
             self._fingerprint = fingerprint(self.state)
             self.state = {}
 
     def made_of(self, state: Mapping[str, Tensor]) -> bool:
         """Whether everything here is derived from such weights, bit for bit."""
-        mine = fingerprint(self.state) if self.state else self._fingerprint
-        return fingerprint(state) == mine
+        return fingerprint(state) == (self._fingerprint or fingerprint(self.state))
 
     @property
     def bytes(self) -> int:

@@ -1,21 +1,29 @@
-"""Tensors that end, or begin, at a page that must not be touched."""
+"""Tensors that end, or begin, at a page that must not be touched.
+
+    python -m tests.guarded MODULE KERNEL
+
+runs a kernel of the CPU on such tensors, for the ``GEOMETRIES`` of a test module, and for its
+``LARGE`` ones too unless the kernel is emulated. Who touches such a page is killed.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import mmap
+import sys
 
 import torch
 from torch import Tensor
+
+from tests.helpers import Args, draw
+from tests.test_cpu_amx import bf16, run
 
 _kept: list[object] = []  # views that keep the pages mapped
 
 
 def guarded(t: Tensor | None, at_end: bool) -> Tensor | None:
-    """A copy of ``t`` that touches the page behind it (``at_end``) or before it.
-
-    Whoever reads or writes that page is killed, so this is for a process of its own.
-    """
+    """A copy of ``t`` that borders on the page behind it (``at_end``) or before it."""
     if t is None:
         return None
     page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
@@ -30,3 +38,21 @@ def guarded(t: Tensor | None, at_end: bool) -> Tensor | None:
     flat = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=offset)
     _kept.append(view)
     return torch.as_strided(flat, t.shape, t.stride()).copy_(t)
+
+
+def main(module: str, kernel: str) -> None:
+    """Compare with the result on ordinary tensors."""
+    tests = importlib.import_module(module)
+    geometries = list(tests.GEOMETRIES.values())
+    if "emulated" not in kernel:
+        geometries += tests.LARGE.values()
+    for geometry in geometries:
+        p = bf16(**{**geometry, "epilogue": "add_relu"})
+        args = draw(p)
+        for at_end in (False, True):
+            y = run(kernel, p, Args(*(guarded(t, at_end) for t in args)), threads=2)
+            assert torch.equal(y, run(kernel, p, args, threads=2)), p
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -202,26 +202,12 @@ def test_the_emulation_is_not_offered() -> None:
         assert not any("emulated" in name for name in extension.cpu_conv_kernels(isa))
 
 
-#: Every tensor ends, or begins, at a page that must not be touched.
-GUARDED = """
-import sys
-import torch
-from tests.guarded import guarded
-from tests.helpers import GEOMETRIES, Args, draw
-from tests.test_cpu_amx import LARGE, bf16, run
-
-for geometry in (*GEOMETRIES.values(), *(LARGE.values() if sys.argv[1] == "amx" else ())):
-    p = bf16(**{**geometry, "epilogue": "add_relu"})
-    args = draw(p)
-    for at_end in (False, True):
-        y = run(sys.argv[1], p, Args(*(guarded(t, at_end) for t in args)), threads=2)
-        assert torch.equal(y, run(sys.argv[1], p, args, threads=2)), p
-"""
-
-
 @tiles
 def test_nothing_outside_of_the_tensors_is_read(tiles: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", GUARDED, tiles], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tests.guarded", __name__, tiles],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr

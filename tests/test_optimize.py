@@ -686,6 +686,8 @@ def test_a_compact_plan_keeps_no_weights_in_a_larger_form() -> None:
         compact = fused_resnet.optimize(model, x, compact=True)
         assert rows(compact)[0].kernel not in ("cpu/winograd4", "cpu/winograd2")
         assert compact.memory.expansion == 0
+        whys = {rival.kernel: rival.why for rival in rows(compact)[0].rivals}
+        assert "the plan is compact" in whys["cpu/winograd4"]
         vectors = 2 * 64 * 4
         assert compact.memory.weights <= compact.memory.stock_weights + vectors
         assert "compact=True" not in str(compact.explain())

@@ -461,6 +461,16 @@ def test_weights_that_nothing_was_compared_on_are_not_saved(tmp_path: Path, kept
         plan.save(tmp_path / "q.plan", model.state_dict())
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_plan_without_any_weights_is_saved(tmp_path: Path, strict: bool) -> None:
+    x = X[:1, :, :8, :8]
+    plan = optimized(nn.MaxPool2d(2).eval(), x, strict_shapes=strict)
+    plan.save(tmp_path / "a.plan")
+    again = fused_resnet.load(tmp_path / "a.plan")
+    assert torch.equal(again(x), nn.MaxPool2d(2)(x))
+    again.save(tmp_path / "b.plan", {})
+
+
 def test_a_model_trained_on_is_not_saved_as_its_plan(tmp_path: Path) -> None:
     model = blocks()
     plan = optimized(model)

@@ -188,10 +188,11 @@ class AmxImages : public AmxConv<Tiles> {
     if (!why.empty()) return why;
     if (problem.r * problem.s == 1) return "a 1x1 window has no taps in the padding to leave out";
     if (WeightLayout(problem).folded) return "the pixels of a window's row share cells";
-    if (!fits(problem)) {
+    if (!AmxImagesPlan::fills_tiles(problem.n)) {
       return "tiles hold 16 images each, which a batch of " + std::to_string(problem.n) +
              " does not fill";
     }
+    if (!fits(problem)) return "rows of 16 images are larger than the cache";
     return "";
   }
 
@@ -216,7 +217,8 @@ class AmxImages : public AmxConv<Tiles> {
   using Run = AmxImagesRun<Tiles, EpilogueFunctor<kEpilogue>>;
 
   static bool fits(const ConvProblem& p) {
-    return p.n > 0 && AmxImagesPlan::fills_tiles(p.n) && !WeightLayout(p).folded;
+    return AmxImagesPlan::fills_tiles(p.n) && !WeightLayout(p).folded &&
+           AmxImagesPlan(p, 1).fits_cache();
   }
 };
 

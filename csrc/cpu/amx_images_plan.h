@@ -75,16 +75,19 @@ struct AmxImagesPlan {
       most_rows = std::max(most_rows, rows.inputs(out.begin, out.end).size());
     }
     // An odd number of lines apart, chunks don't compete for the same sets of the caches.
-    chunk_bytes = most_rows * p.w * pixel_bytes + kCellBytes;
+    chunk_bytes = (int64_t{most_rows} * p.w * tile_images | 1) * kCellBytes;
     if (threads > 1) {
       const int64_t parts = ceil_div(int64_t{Team::kUnitsOfThread} * threads, blocks());
       panel_parts = static_cast<int>(std::min<int64_t>(parts, weights.all_panels()));
     }
   }
 
+  // Whether the images are small: the rows that one row of output reads stay in the L2 cache.
+  bool fits_cache() const { return activation_bytes() <= AmxPlan::kL2Bytes; }
+
   // Whether a batch fills tiles of 16 images to three quarters or more.
   static bool fills_tiles(int n) {
-    return 4 * int64_t{n} >= 3 * kMaxTileRows * ceil_div(n, kMaxTileRows);
+    return n > 0 && 4 * int64_t{n} >= 3 * kMaxTileRows * ceil_div(n, kMaxTileRows);
   }
 
   int blocks() const { return image_tiles * row_blocks; }
