@@ -160,6 +160,11 @@ class CpuConv {
 
   std::string why_not() const { return kernel_.why_not(problem_, element_); }
 
+  int64_t packed_bytes() const {
+    check_supported();
+    return static_cast<int64_t>(kernel_.packed_bytes(problem_, element_));
+  }
+
   at::Tensor pack(const at::Tensor& weight) const {
     const ConvProblem& p = problem_;
     check_supported();
@@ -558,6 +563,8 @@ void bind_cpu(py::module_& m) {
            py::arg("geometry"), py::arg("epilogue"), py::arg("dtype"))
       .def_property_readonly("why_not", &CpuConv::why_not,
                              "Empty if the kernel computes the problem, else why it does not.")
+      .def_property_readonly("packed_bytes", torch::wrap_pybind_function(&CpuConv::packed_bytes),
+                             "Size of what pack returns.")
       .def("pack", torch::wrap_pybind_function_no_gil(pack), py::arg("weight"),
            "A weight [K, C / groups, R, S] as bytes in the kernel's own layout.")
       .def("run", torch::wrap_pybind_function_no_gil(run), py::arg("x"), py::arg("packed"),

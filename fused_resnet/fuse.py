@@ -55,7 +55,8 @@ def fuse(model: Model) -> Model:
         model: any module. Where its forward cannot be traced, the modules within it are fused.
 
     Returns:
-        A new module. A `FusedResNetWarning` tells if there was nothing to fuse.
+        A new module. A `FusedResNetWarning` tells if there was nothing to fuse, or if the model was
+        made in inference mode, which makes calls slow.
 
     Raises:
         TypeError: ``model`` is not a module, or is compiled, scripted or wrapped: fuse what is
@@ -85,6 +86,14 @@ def fuse(model: Model) -> Model:
     elif not isinstance(fused, FusedModule):
         # Its forward stays; conversions and pickling must know what is below.
         _set_class(fused, _derive(stock_class(fused), None))
+    if any(p.is_inference() for p in fused.parameters()):
+        warnings.warn(
+            f"parameters of {type(model).__name__} were made in torch.inference_mode(), where torch "
+            "records no changes of them: kernels that pack weights pack them anew at every call. "
+            "Make and load the model outside of it; calls may be inside",
+            FusedResNetWarning,
+            stacklevel=2,
+        )
     return fused
 
 

@@ -42,7 +42,7 @@ def optimize(
     strict_shapes: bool = False,
     dynamic: bool = False,
     max_plans: int = 8,
-    compact: bool = False,
+    compact: bool | None = None,
     cuda_graph: bool = True,
     progress: bool | Callable[[str, float], None] | None = None,
 ) -> Plan:
@@ -84,8 +84,11 @@ def optimize(
             Otherwise those run through the fused model.
         dynamic: make programs for other shapes as they come, with kernels chosen by what is known.
         max_plans: programs kept that were made so; the least recently used goes first.
-        compact: leave out kernels whose packed weights take more memory than the weights do, such
-            as Winograd's that keep them transformed (1.8 to 4 times the bytes of a 3x3).
+        compact: whether to leave out kernels whose packed weights take more memory than the weights
+            do, such as Winograd's that keep them transformed (1.8 to 4 times the bytes of a 3x3).
+            None leaves out as many as it takes for the weights and activations of a plan for these
+            shapes to need no more memory than stock torch's, those first that gain the least time
+            for a byte; False leaves out none.
         cuda_graph: on CUDA, capture the program into a graph.
         progress: whether to show a progress bar, by default if standard error is a terminal; or a
             function that is told what is going on and the share that is done.
@@ -136,7 +139,9 @@ def optimize(
     return plan
 
 
-def _settings(mode: str, tolerance: float | None, budget: float | None, compact: bool) -> Settings:
+def _settings(
+    mode: str, tolerance: float | None, budget: float | None, compact: bool | None
+) -> Settings:
     if mode not in EFFORTS:
         raise ValueError(f"unknown mode {mode!r}; one of {', '.join(EFFORTS)}")
     if tolerance is not None and not 0.0 <= tolerance < 1.0:

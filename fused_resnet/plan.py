@@ -21,7 +21,8 @@ from fused_resnet.backends.verify import is_out_of_memory
 from fused_resnet.cuda_graph import CudaGraph
 from fused_resnet.graph import Meta
 from fused_resnet.judging import GraphJudge, Judge, Judging
-from fused_resnet.plan_report import MemoryReport, PlanReport, memory_report, report
+from fused_resnet.memory_report import MemoryReport, memory_report
+from fused_resnet.plan_report import PlanReport, report
 from fused_resnet.planner import Decision, Settings, decide_again, decide_untimed
 from fused_resnet.program import Program
 from fused_resnet.source import Source, converted_state

@@ -1,65 +1,25 @@
-"""What `Plan.explain` and `Plan.memory` say: each layer's kernel, time, error and rivals."""
+"""What `Plan.explain` says: each layer's kernel, time, error and rivals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
-from torch import Tensor
 
 from fused_resnet import backends
 from fused_resnet.chain_planner import ChainOutcome
 from fused_resnet.console import duration, megabytes, plain, table
 from fused_resnet.layers import Plain
+from fused_resnet.memory_report import MemoryReport
 from fused_resnet.planner import Outcome, Settings
-from fused_resnet.program import Program
 from fused_resnet.tuned_table import Timing
-from fused_resnet.weights import Weights
 
 if TYPE_CHECKING:
     from fused_resnet.plan import Specialisation
-
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """Bytes of a plan and of stock torch for the same network.
-
-    Activations are counted from the lifetimes of values at the largest of the plan's shapes, not
-    measured: stock torch's as eager execution holds them, with ReLU and sums in place.
-
-    Attributes:
-        weights: packed ones, and others that the plan holds.
-        expansion: bytes of the packed weights that are there since kernels keep weights in a larger
-            form, as Winograd's transformed ones.
-        stock_weights: parameters and buffers of the model.
-        arena: activations of native programs.
-        activations: all other activations.
-        stock_activations: stock torch's.
-    """
-
-    weights: int
-    stock_weights: int
-    arena: int
-    activations: int
-    stock_activations: int
-    expansion: int = 0
-
-    def __str__(self) -> str:
-        text = (
-            f"weights {megabytes(self.weights)} (stock {megabytes(self.stock_weights)}), "
-            f"activations {megabytes(self.arena + self.activations)} "
-            f"(stock {megabytes(self.stock_activations)})"
-        )
-        if not self.expansion:
-            return text
-        return (
-            f"{text}; {megabytes(self.expansion)} of the weights are there since some kernels keep "
-            "them transformed, which optimize(..., compact=True) leaves out"
-        )
 
 
 @dataclass(frozen=True)
@@ -222,10 +182,11 @@ def _row(outcome: Outcome, settings: Settings, device: torch.device) -> Row:
         others = sorted((t for t in timings.values() if t is not mine), key=lambda t: t.seconds)
         for timing in others:
             kernel = backends.named(layer.op, timing.kernel, layer.problem, device)
-            if settings.compact and kernel is not None and kernel.expands:
-                why = "its packed weights are larger than the weights, and the plan is compact"
-            else:
-                why = _why_not(timing, mine, tolerance)
+            larger = 0 if kernel is None else kernel.expansion(layer.problem)
+            mine_larger = outcome.kernel.expansion(layer.problem)
+            why = _too_large(larger - mine_larger, settings, timing, mine) or _why_not(
+                timing, mine, tolerance
+            )
             rivals.append(Rival(timing.kernel, why))
         rivals += [Rival(kernel, why) for kernel, why in outcome.entry.rejected]
     return Row(
@@ -238,6 +199,18 @@ def _row(outcome: Outcome, settings: Settings, device: torch.device) -> Row:
         outcome.stock_error,
         tuple(rivals),
     )
+
+
+def _too_large(bytes_: int, settings: Settings, timing: Timing, mine: Timing | None) -> str | None:
+    """Why a kernel that takes so many bytes more for the layer's weights is left out, if it is."""
+    if bytes_ <= 0 or settings.compact is False:
+        return None
+    more = f"its packed weights take {megabytes(bytes_)} more"
+    if settings.compact:
+        return f"{more}, and the plan is compact"
+    if mine is None or timing.seconds >= mine.seconds:
+        return None
+    return f"{timing.seconds / mine.seconds:.2f} of the time, but {more}: see compact of optimize"
 
 
 def _why_not(timing: Timing, mine: Timing | None, tolerance: float | None) -> str:
@@ -253,23 +226,4 @@ def _why_not(timing: Timing, mine: Timing | None, tolerance: float | None) -> st
     return f"{ratio:.2f} of the time by itself: a near-tie, or slower within the network"
 
 
-def memory_report(
-    programs: Sequence[Program], weights: Weights, like: Mapping[str, Tensor]
-) -> MemoryReport:
-    """The bytes of programs that share ``weights``; ``like`` are the model's tensors."""
-    stock = sum(t.numel() * t.element_size() for t in like.values())
-    found = [program.memory for program in programs]
-    largest = max(found, key=lambda m: m.stock_activations, default=None)
-    if largest is None:
-        return MemoryReport(weights.bytes, stock, 0, 0, 0, weights.expansion)
-    return MemoryReport(
-        weights.bytes,
-        stock,
-        sum(m.arena for m in found),
-        largest.activations,
-        largest.stock_activations,
-        weights.expansion,
-    )
-
-
-__all__ = ["MemoryReport", "Part", "PlanReport", "Rival", "Row", "memory_report", "report"]
+__all__ = ["Part", "PlanReport", "Rival", "Row", "report"]

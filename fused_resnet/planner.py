@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fused_resnet import backends
+from fused_resnet import backends, room
 from fused_resnet.backends.kernel import Kernel
 from fused_resnet.chain_planner import Chaining, ChainOutcome
 from fused_resnet.judging import Judging
 from fused_resnet.layers import Chained, Conv, Layers, Span, Tunable, lower
+from fused_resnet.memory_report import memory_report
 from fused_resnet.numerics import TOLERANCE, Error, error, largest
 from fused_resnet.program import Program
 from fused_resnet.proving import (
@@ -74,18 +75,19 @@ class Settings:
         mode: ``balanced``, ``max`` or ``strict``.
         tolerance: for inexact kernels; None for the dtype's own.
         budget: seconds for measuring.
-        compact: whether kernels that expand their weights are left out.
+        compact: whether kernels that expand their weights are left out; None for as many of them as
+            it takes for the plan to need no more memory than stock torch.
     """
 
     mode: str = "balanced"
     tolerance: float | None = None
     budget: float = 60.0
-    compact: bool = False
+    compact: bool | None = None
 
     @property
     def rule(self) -> tuple[object, ...]:
         """What decides, beside weights and measurements, which kernels a plan may have."""
-        return (self.tolerance, "compact") if self.compact else (self.tolerance,)
+        return self.tolerance, self.compact
 
     def tolerance_of(self, dtype: torch.dtype) -> float | None:
         """The error by norm up to which inexact kernels are admitted; None if they are not."""
@@ -271,6 +273,7 @@ class _Planner:
         self.progress = progress
         self.notes: list[str] = []
         self.stock_faults: dict[str, str] = {}  # of layers on which stock torch itself is wrong
+        self.room: dict[int, int] = {}  # bytes that packed weights may take beyond the weights'
         self.forced = backends.forced()
         self.device = layers.graph.meta[layers.graph.inputs[0]].device
         self.dtype = max(
@@ -294,6 +297,7 @@ class _Planner:
         known = self.from_proof(self.table.proof(self.device, number))
         if known is not None:
             return known
+        self.make_room()
         errors: Errors = {}
         found = [self.judged(a, errors) for a in self.proven_chains(chained, errors)]
         assignments = self.assignments(self.best(self.plain).kernels)
@@ -306,6 +310,8 @@ class _Planner:
 
     def decide_again(self, old: Decision) -> Decision:
         layers = self.chaining.layers_of(old.layers.spans)
+        if self.settings.compact is not False:
+            self.room = {o.layer.result: o.kernel.expansion(o.layer.problem) for o in old.outcomes}
         number = digest(layers, old.kernels, self.state, *self.settings.rule)
         known = self.from_proof(self.table.proof(self.device, number))
         if known is not None:
@@ -406,10 +412,51 @@ class _Planner:
             tolerance = None if exact_only else self.settings.tolerance_of(layer.problem.dtype)
             for timing in entry.ranked(tolerance):
                 kernel = backends.named(layer.op, timing.kernel, layer.problem, self.device)
-                if kernel is not None and not (self.settings.compact and kernel.expands):
+                if kernel is not None and self.has_room(kernel, layer):
                     found.append(kernel)
         heuristic = backends.choose(layer.op, layer.problem, self.device).kernel
         return list(dict.fromkeys((*found, heuristic)))
+
+    def has_room(self, kernel: Kernel, layer: Tunable) -> bool:
+        """Whether a kernel may keep the layer's weights as large as it does."""
+        larger = kernel.expansion(layer.problem)
+        if self.settings.compact:
+            return larger == 0
+        return larger <= self.room.get(layer.result, larger)
+
+    def make_room(self) -> None:
+        """Give up kernels that expand their weights until the plan is no larger than stock torch.
+
+        Those go first that gain the least time for a byte.
+        """
+        if self.settings.compact is not None:
+            return
+        while True:
+            found = [(layer, self.options(layer)) for layer in tunable(self.plain)]
+            measured = [(layer, options) for layer, options in found if options]
+            taken = sum(options[0].bytes for _, options in measured)
+            if taken == 0:
+                return
+            weights = Weights(self.state)
+            memory = memory_report([self.best(self.plain).program(weights)], weights, self.state)
+            excess = memory.total - memory.stock_total
+            if excess <= 0:
+                return
+            fitting = room.fit([options for _, options in measured], taken - excess)
+            pairs = zip(measured, fitting, strict=True)
+            self.room = {layer.result: option.bytes for (layer, _), option in pairs}
+            if sum(self.room.values()) == taken:
+                return  # Nothing smaller is right.
+
+    def options(self, layer: Tunable) -> list[room.Option]:
+        """What was measured of a layer's kernels, best first, and what their weights take."""
+        entry = self.table.entry(layer.op, layer.problem, self.device)
+        seconds = {} if entry is None else {t.kernel: t.seconds for t in entry.timings}
+        return [
+            room.Option(seconds[kernel.full_name], kernel.expansion(layer.problem))
+            for kernel in self.ranked(layer)
+            if kernel.full_name in seconds
+        ]
 
     def assignments(self, first: Mapping[int, Kernel]) -> list[dict[int, Kernel]]:
         """Ways to give kernels to layers that may be the fastest as a whole; ``first`` leads."""

@@ -39,13 +39,13 @@ class Step:
         action: what it does.
         layers: results of the layers that it computes.
         frees: slots of values that nobody reads after it.
-        native: whether it is a native program.
+        inside: results among these that lie in the arena of a native program.
     """
 
     action: Action
     layers: tuple[int, ...]
     frees: tuple[int, ...] = ()
-    native: bool = False
+    inside: tuple[int, ...] = ()
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Program:
     @property
     def memory(self) -> Memory:
         """Bytes needed; counted from the lifetimes of values, not measured."""
-        inside = {i for step in self.steps if step.native for i in step.layers}
+        inside = {i for step in self.steps for i in step.inside}
         arena = sum(n.arena_bytes for n in self.native)
         return Memory(
             arena,
@@ -247,7 +247,7 @@ class _Builder:
             for target, result in zip(targets, results, strict=True):
                 env[target] = result
 
-        return [Step(action, tuple(made), native=True)]
+        return [Step(action, tuple(made), inside=tuple(i for i in made if i not in outputs))]
 
     # --------------------------------------------------------------------------------- other layers
 

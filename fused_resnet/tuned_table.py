@@ -293,8 +293,10 @@ def environment_of(device: torch.device) -> str:
         conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
         return f"{_gpu(index)}, fp32 as {conv.fp32_precision}; {_software()}"
     isa = "none" if _build.extension is None else _build.extension.isa()
-    threads = torch.get_num_threads()
-    return f"{_processor()}, {isa}, {threads} threads; {_software()}"
+    threads = f"{torch.get_num_threads()} threads"
+    if limit := os.environ.get("OMP_THREAD_LIMIT"):  # OpenMP may grant fewer.
+        threads = f"{threads}, at most {limit}"
+    return f"{_processor()}, {isa}, {threads}; {_software()}"
 
 
 @functools.cache

@@ -74,8 +74,7 @@ class Weights:
         if key not in self._packed:
             prepared = kernel.prepared(problem, *operands)
             value = _detached(prepared.value, operands)
-            if kernel.expands:
-                self.expansion += sum(map(_size, _tensors(value))) - operands[0].nbytes
+            self.expansion += kernel.expansion(problem)
             self._packed[key] = Prepared(value)
         return self._packed[key]
 

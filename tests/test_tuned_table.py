@@ -79,6 +79,18 @@ def test_an_entry_holds_for_the_threads_it_was_measured_with(path: Path) -> None
     assert table.entry(OP, P, CPU) == ENTRY
 
 
+def test_an_entry_holds_for_the_threads_that_openmp_may_grant(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_THREAD_LIMIT", raising=False)
+    table = filled(path)
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
+    assert table.entry(OP, P, CPU) is None
+    assert table.proof(CPU, "abc") is None
+    monkeypatch.delenv("OMP_THREAD_LIMIT")
+    assert table.entry(OP, P, CPU) == ENTRY
+
+
 def test_an_entry_holds_for_its_versions(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = filled(path)
     monkeypatch.setattr(tuned_table, "_software", lambda: "fused_resnet 99")

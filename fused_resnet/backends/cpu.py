@@ -278,10 +278,14 @@ class WinogradConv(NativeConv):
 
     exact = False
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        # Transformed when they are packed: (m + 2)^2 numbers in the place of 9.
-        self.expands = not name.endswith("_compact")  # type: ignore[misc]
+    def expansion(self, problem: Any) -> int:
+        """Transformed weights are (m + 2)^2 numbers in the place of 9."""
+        if self.name.endswith("_compact"):
+            return 0
+        p: ConvProblem = problem
+        weight = p.k * (p.c // p.groups) * p.r * p.s * p.dtype.itemsize
+        packed: int = self.conv(p).packed_bytes
+        return max(0, packed - weight)
 
 
 class AmxConv(NativeConv):

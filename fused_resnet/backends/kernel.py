@@ -49,8 +49,6 @@ class Kernel(ABC):
     #: for it whatever the weights. Others, as Winograd's, run only where a plan has measured their
     #: error on the layer at hand and the user's tolerance admits it.
     exact: ClassVar[bool] = True
-    #: Whether its packed weights take more memory than the weights do.
-    expands: ClassVar[bool] = False
 
     @abstractmethod
     def supports(self, problem: Any, device: torch.device) -> str | None:
@@ -71,6 +69,10 @@ class Kernel(ABC):
     @abstractmethod
     def run(self, problem: Any, *args: Any) -> Any:
         """Compute the op; see the class for the arguments and the result."""
+
+    def expansion(self, problem: Any) -> int:
+        """Bytes that a layer's packed weights take beyond the weight's own, but for padding."""
+        return 0
 
     @property
     def full_name(self) -> str:
