@@ -88,8 +88,8 @@ def fuse(model: Model) -> Model:
         _set_class(fused, _derive(stock_class(fused), None))
     if any(p.is_inference() for p in fused.parameters()):
         warnings.warn(
-            f"parameters of {type(model).__name__} were made in torch.inference_mode(), where torch "
-            "records no changes of them: kernels that pack weights pack them anew at every call. "
+            f"parameters of {type(model).__name__} were made in torch.inference_mode(), and torch "
+            "keeps no record of changes: kernels that pack weights pack them anew at every call. "
             "Make and load the model outside of it; calls may be inside",
             FusedResNetWarning,
             stacklevel=2,

@@ -273,7 +273,6 @@ class _Planner:
         self.progress = progress
         self.notes: list[str] = []
         self.stock_faults: dict[str, str] = {}  # of layers on which stock torch itself is wrong
-        self.room: dict[int, int] = {}  # bytes that packed weights may take beyond the weights'
         self.forced = backends.forced()
         self.device = layers.graph.meta[layers.graph.inputs[0]].device
         self.dtype = max(
@@ -297,7 +296,6 @@ class _Planner:
         known = self.from_proof(self.table.proof(self.device, number))
         if known is not None:
             return known
-        self.make_room()
         errors: Errors = {}
         found = [self.judged(a, errors) for a in self.proven_chains(chained, errors)]
         assignments = self.assignments(self.best(self.plain).kernels)
@@ -310,8 +308,6 @@ class _Planner:
 
     def decide_again(self, old: Decision) -> Decision:
         layers = self.chaining.layers_of(old.layers.spans)
-        if self.settings.compact is not False:
-            self.room = {o.layer.result: o.kernel.expansion(o.layer.problem) for o in old.outcomes}
         number = digest(layers, old.kernels, self.state, *self.settings.rule)
         known = self.from_proof(self.table.proof(self.device, number))
         if known is not None:
@@ -412,51 +408,11 @@ class _Planner:
             tolerance = None if exact_only else self.settings.tolerance_of(layer.problem.dtype)
             for timing in entry.ranked(tolerance):
                 kernel = backends.named(layer.op, timing.kernel, layer.problem, self.device)
-                if kernel is not None and self.has_room(kernel, layer):
-                    found.append(kernel)
+                if kernel is None or (self.settings.compact and kernel.expansion(layer.problem)):
+                    continue
+                found.append(kernel)
         heuristic = backends.choose(layer.op, layer.problem, self.device).kernel
         return list(dict.fromkeys((*found, heuristic)))
-
-    def has_room(self, kernel: Kernel, layer: Tunable) -> bool:
-        """Whether a kernel may keep the layer's weights as large as it does."""
-        larger = kernel.expansion(layer.problem)
-        if self.settings.compact:
-            return larger == 0
-        return larger <= self.room.get(layer.result, larger)
-
-    def make_room(self) -> None:
-        """Give up kernels that expand their weights until the plan is no larger than stock torch.
-
-        Those go first that gain the least time for a byte.
-        """
-        if self.settings.compact is not None:
-            return
-        while True:
-            found = [(layer, self.options(layer)) for layer in tunable(self.plain)]
-            measured = [(layer, options) for layer, options in found if options]
-            taken = sum(options[0].bytes for _, options in measured)
-            if taken == 0:
-                return
-            weights = Weights(self.state)
-            memory = memory_report([self.best(self.plain).program(weights)], weights, self.state)
-            excess = memory.total - memory.stock_total
-            if excess <= 0:
-                return
-            fitting = room.fit([options for _, options in measured], taken - excess)
-            pairs = zip(measured, fitting, strict=True)
-            self.room = {layer.result: option.bytes for (layer, _), option in pairs}
-            if sum(self.room.values()) == taken:
-                return  # Nothing smaller is right.
-
-    def options(self, layer: Tunable) -> list[room.Option]:
-        """What was measured of a layer's kernels, best first, and what their weights take."""
-        entry = self.table.entry(layer.op, layer.problem, self.device)
-        seconds = {} if entry is None else {t.kernel: t.seconds for t in entry.timings}
-        return [
-            room.Option(seconds[kernel.full_name], kernel.expansion(layer.problem))
-            for kernel in self.ranked(layer)
-            if kernel.full_name in seconds
-        ]
 
     def assignments(self, first: Mapping[int, Kernel]) -> list[dict[int, Kernel]]:
         """Ways to give kernels to layers that may be the fastest as a whole; ``first`` leads."""
@@ -470,7 +426,44 @@ class _Planner:
         for other in (native, heuristic):
             if other not in found:
                 found.append(other)
-        return found
+        return [self.fitting(kernels) for kernels in found]
+
+    def fitting(self, kernels: dict[int, Kernel]) -> dict[int, Kernel]:
+        """The same, but no larger than stock torch, unless the plan may be.
+
+        Kernels that expand their weights give way, those first that gain the least time for a byte,
+        to others of their backend: native layers in a row remain one call.
+        """
+        if self.settings.compact is not None:
+            return kernels
+        while True:
+            layers = [ly for ly in tunable(self.plain) if _expansion(kernels[ly.result], ly)]
+            if not layers:
+                return kernels
+            weights = Weights(self.state)
+            program = Assignment(self.plain, kernels).program(weights)
+            memory = memory_report([program], weights, self.state)
+            excess = memory.total - memory.stock_total
+            if excess <= 0:
+                return kernels
+            taken = sum(_expansion(kernels[layer.result], layer) for layer in layers)
+            rivals = [self.rivals(layer, kernels[layer.result]) for layer in layers]
+            options = [
+                [room.Option(seconds, _expansion(kernel, layer)) for kernel, seconds in found]
+                for layer, found in zip(layers, rivals, strict=True)
+            ]
+            chosen = room.fit(options, taken - excess)
+            if not any(chosen):
+                return kernels  # Nothing smaller is right.
+            taken_over = zip(layers, rivals, chosen, strict=True)
+            kernels = kernels | {ly.result: found[i][0] for ly, found, i in taken_over}
+
+    def rivals(self, layer: Tunable, kernel: Kernel) -> list[tuple[Kernel, float]]:
+        """A layer's kernel, then others of its backend, each with its measured time."""
+        entry = self.table.entry(layer.op, layer.problem, self.device)
+        seconds = {} if entry is None else {t.kernel: t.seconds for t in entry.timings}
+        others = [k for k in self.ranked(layer) if k is not kernel and k.backend == kernel.backend]
+        return [(k, seconds[k.full_name]) for k in (kernel, *others) if k.full_name in seconds]
 
     # -------------------------------------------------------------------------------------- proving
 
@@ -523,6 +516,9 @@ class _Planner:
                         continue
                     result = None
                     others = (*self.ranked(layer), stock_kernel(layer.op))
+                    if self.settings.compact is None:
+                        limit = _expansion(kernel, layer)
+                        others = tuple(k for k in others if _expansion(k, layer) <= limit)
                     instead = next((k for k in others if k not in tried), kernel)
                     if instead is kernel:
                         note = (
@@ -714,6 +710,11 @@ class _Planner:
         chains = self.chaining.outcomes(layers)
         notes = [*self.notes, *proof.notes]
         return Decision(layers, outcomes, notes, proof.seconds, proof.join, chains)
+
+
+def _expansion(kernel: Kernel, layer: Tunable) -> int:
+    """Bytes that a kernel adds to the layer's weights, see `Kernel.expansion`."""
+    return kernel.expansion(layer.problem)
 
 
 def _seconds(program: Callable[..., Any], inputs: Sequence[Tensor]) -> float:

@@ -20,8 +20,8 @@ class Option:
     bytes: int
 
 
-def fit(layers: Sequence[Sequence[Option]], limit: int) -> list[Option]:
-    """One option of each layer, such that all together take at most ``limit`` bytes.
+def fit(layers: Sequence[Sequence[Option]], limit: int) -> list[int]:
+    """The position of one option of each layer, such that all take at most ``limit`` bytes.
 
     Args:
         layers: options of each layer, the preferred one first.
@@ -29,20 +29,20 @@ def fit(layers: Sequence[Sequence[Option]], limit: int) -> list[Option]:
 
     Example:
         >>> fit([[Option(1.0, 30), Option(1.5, 0)], [Option(2.0, 10), Option(9.0, 0)]], 15)
-        [Option(seconds=1.5, bytes=0), Option(seconds=2.0, bytes=10)]
+        [1, 0]
     """
-    chosen = [options[0] for options in layers]
-    while sum(option.bytes for option in chosen) > limit:
+    chosen = [0] * len(layers)
+    while sum(options[i].bytes for options, i in zip(layers, chosen, strict=True)) > limit:
         smaller = [
-            ((option.seconds - now.seconds) / (now.bytes - option.bytes), n, option)
-            for n, (now, options) in enumerate(zip(chosen, layers, strict=True))
-            for option in options
-            if option.bytes < now.bytes
+            ((option.seconds - options[i].seconds) / (options[i].bytes - option.bytes), layer, j)
+            for layer, (options, i) in enumerate(zip(layers, chosen, strict=True))
+            for j, option in enumerate(options)
+            if option.bytes < options[i].bytes
         ]
         if not smaller:
             break
-        _, n, option = min(smaller, key=lambda each: each[0])
-        chosen[n] = option
+        _, layer, j = min(smaller)
+        chosen[layer] = j
     return chosen
 
 
