@@ -434,29 +434,29 @@ class _Planner:
         Kernels that expand their weights give way, those first that gain the least time for a byte,
         to others of their backend: native layers in a row remain one call.
         """
-        if self.settings.compact is not None:
+        expands = any(_expansion(kernels[ly.result], ly) for ly in tunable(self.plain))
+        if self.settings.compact is not None or not expands:
             return kernels
+        weights = Weights(self.state)
+        program = Assignment(self.plain, kernels).program(weights)
+        memory = memory_report([program], weights, self.state)
+        least = memory.weights - memory.expansion  # of all packed weights
         while True:
             layers = [ly for ly in tunable(self.plain) if _expansion(kernels[ly.result], ly)]
-            if not layers:
-                return kernels
-            weights = Weights(self.state)
-            program = Assignment(self.plain, kernels).program(weights)
-            memory = memory_report([program], weights, self.state)
-            excess = memory.total - memory.stock_total
-            if excess <= 0:
-                return kernels
-            taken = sum(_expansion(kernels[layer.result], layer) for layer in layers)
             rivals = [self.rivals(layer, kernels[layer.result]) for layer in layers]
             options = [
                 [room.Option(seconds, _expansion(kernel, layer)) for kernel, seconds in found]
                 for layer, found in zip(layers, rivals, strict=True)
             ]
-            chosen = room.fit(options, taken - excess)
-            if not any(chosen):
-                return kernels  # Nothing smaller is right.
-            taken_over = zip(layers, rivals, chosen, strict=True)
-            kernels = kernels | {ly.result: found[i][0] for ly, found, i in taken_over}
+            larger = sum(own.bytes for own, *_ in options)
+            needed = program.memory  # Workspaces, too, depend on the kernels.
+            total = least + larger + needed.arena + needed.activations
+            step = room.cheapest_step(options)
+            if total <= memory.stock_total or step is None:
+                return kernels
+            number, i = step
+            kernels = kernels | {layers[number].result: rivals[number][i][0]}
+            program = Assignment(self.plain, kernels).program(weights)
 
     def rivals(self, layer: Tunable, kernel: Kernel) -> list[tuple[Kernel, float]]:
         """A layer's kernel, then others of its backend, each with its measured time."""

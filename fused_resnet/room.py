@@ -1,9 +1,10 @@
-"""Which layers may keep their weights in a larger form, when memory is short.
+"""Which layer gives up its larger form of weights first, when memory is short.
 
-A kernel that keeps weights transformed is quicker and larger. Given a limit for all layers
-together, each layer takes one of its kernels: a multiple-choice knapsack. It is solved greedily by
-the time that is lost for a byte that is saved, as the linear relaxation is (Sinha and Zoltners,
-"The Multiple-Choice Knapsack Problem", Operations Research 27, 1979).
+A kernel that keeps weights transformed is quicker and larger. Where all layers together are to
+stay below some size, each takes one of its kernels: a multiple-choice knapsack. It is solved
+greedily, step by step, each time by the least time that is lost for a byte that is saved, as the
+linear relaxation is (Sinha and Zoltners, "The Multiple-Choice Knapsack Problem", Operations
+Research 27, 1979).
 """
 
 from __future__ import annotations
@@ -20,30 +21,26 @@ class Option:
     bytes: int
 
 
-def fit(layers: Sequence[Sequence[Option]], limit: int) -> list[int]:
-    """The position of one option of each layer, such that all take at most ``limit`` bytes.
+def cheapest_step(layers: Sequence[Sequence[Option]]) -> tuple[int, int] | None:
+    """The next step to fewer bytes: which layer takes another option, and the option's position.
 
     Args:
-        layers: options of each layer, the preferred one first.
-        limit: in bytes. Where no choice is that small, the smallest is taken.
+        layers: options of each layer, the one that it has first.
+
+    Returns:
+        None if no layer has a smaller option.
 
     Example:
-        >>> fit([[Option(1.0, 30), Option(1.5, 0)], [Option(2.0, 10), Option(9.0, 0)]], 15)
-        [1, 0]
+        >>> cheapest_step([[Option(1.0, 30), Option(1.5, 0)], [Option(2.0, 10), Option(9.0, 0)]])
+        (0, 1)
     """
-    chosen = [0] * len(layers)
-    while sum(options[i].bytes for options, i in zip(layers, chosen, strict=True)) > limit:
-        smaller = [
-            ((option.seconds - options[i].seconds) / (options[i].bytes - option.bytes), layer, j)
-            for layer, (options, i) in enumerate(zip(layers, chosen, strict=True))
-            for j, option in enumerate(options)
-            if option.bytes < options[i].bytes
-        ]
-        if not smaller:
-            break
-        _, layer, j = min(smaller)
-        chosen[layer] = j
-    return chosen
+    steps = [
+        ((option.seconds - options[0].seconds) / (options[0].bytes - option.bytes), layer, i)
+        for layer, options in enumerate(layers)
+        for i, option in enumerate(options)
+        if option.bytes < options[0].bytes
+    ]
+    return min(steps)[1:] if steps else None
 
 
-__all__ = ["Option", "fit"]
+__all__ = ["Option", "cheapest_step"]

@@ -390,13 +390,14 @@ def test_norms(norm: nn.Module, wanted: list[str]) -> None:
 
 def test_a_model_made_in_inference_mode_is_right_and_warned_of() -> None:
     with torch.inference_mode():
-        model = TorchvisionLike(nn.BatchNorm2d(4)).eval()
+        model = TorchvisionLike(nn.BatchNorm2d(4)).double().eval()
     with pytest.warns(FusedResNetWarning, match="made in torch.inference_mode.*Make and load"):
         fused = fuse(model)
+    x = X.double()
     with torch.inference_mode():
-        assert_close(fused(X), model(X))
+        assert_close(fused(x), model(x))
         model[0].weight.mul_(2)
-        assert_close(fused(X), model(X))
+        assert_close(fused(x), model(x))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fuse(TorchvisionLike(nn.BatchNorm2d(4)).eval())
