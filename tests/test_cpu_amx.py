@@ -90,6 +90,9 @@ LARGE = {
     "3x3_blocks_of_rows": {"n": 1, "c": 256, "k": 33, "h": 40, "w": 36},
     "3x3_blocks_of_images": {"n": 9, "c": 64, "k": 32, "h": 7, "w": 7},
     "3x3_small": {"n": 1, "c": 512, "k": 512, "h": 7, "w": 7},
+    # The last window of a row ends in a column of padding that has no like at the row's beginning.
+    "4x4_stride_2": {"n": 2, "c": 64, "k": 32, "h": 20, "w": 20, "r": 4, "stride": (2, 2),
+                     "padding": (1, 1)},
     "groups_of_16": {"n": 3, "c": 64, "k": 128, "h": 14, "w": 14, "groups": 4},
     "groups_of_32_in_place": {"c": 128, "k": 64, "r": 1, "padding": (0, 0), "groups": 4},
     "stem": {"n": 1, "c": 3, "k": 64, "h": 64, "w": 70, "r": 7, "stride": (2, 2),

@@ -293,6 +293,7 @@ WinogradPlan WinogradKernel::plan_of(const ConvProblem& p, Element element, int 
 
   // What each way moves between a thread and the memory beyond its own cache: the weights once for
   // every block, unless they stay; and together also V and M, written and read.
+  // Weights that every block transforms anew count as what they become, wherever they lie.
   const int64_t weights = (compact_ ? 4 : 1) * static_cast<int64_t>(packed_bytes(p, element));
   const bool weights_stay = !compact_ && weights <= cache / 2;
   const int64_t alone_bytes = weights * (weights_stay ? 1 : alone_blocks / threads);

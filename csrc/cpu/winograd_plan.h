@@ -9,8 +9,9 @@
 
 namespace fused_resnet::cpu {
 
-// Channels whose weights a compact kernel transforms at a time: [12 points][32][panel] fp32, 96 KiB
-// where a panel has 64 columns, next to the operands in the second-level cache.
+// Channels whose weights a compact kernel transforms at a time, as many as products are summed
+// over: [12 points][64][panel] fp32, 192 KiB where a panel has 64 columns, next to the operands in
+// the second-level cache.
 constexpr int32_t kCompactChannels = 64;
 
 constexpr int32_t kLine = 16;  // floats in a cache line
