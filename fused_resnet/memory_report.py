@@ -17,7 +17,8 @@ class MemoryReport:
     """Bytes of a plan and of stock torch for the same network.
 
     Activations are counted from the lifetimes of values at the largest of the plan's shapes, not
-    measured: stock torch's as eager execution holds them, with ReLU and sums in place.
+    measured: stock torch's as eager execution holds them, with ReLU and sums in place, and on the
+    CPU with the copy of a weight that oneDNN makes in its own order at every call.
 
     Attributes:
         weights: packed ones, and others that the plan holds.
@@ -26,7 +27,7 @@ class MemoryReport:
         stock_weights: parameters and buffers of the model.
         arena: activations of native programs.
         activations: all other activations.
-        stock_activations: stock torch's.
+        stock_activations: stock torch's, and that copy.
     """
 
     weights: int

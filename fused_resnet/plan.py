@@ -370,7 +370,7 @@ class Plan(nn.Module):
         """
         with self._lock:
             parts = [(_described(k), s) for k, s in self._specialisations.items()]
-        return report(self._name, parts, self._settings, self._reason, self.memory)
+        return report(self._name, parts, self._settings, self._table, self._reason, self.memory)
 
     def extra_repr(self) -> str:
         """The inputs that there are programs for."""

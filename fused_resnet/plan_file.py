@@ -372,8 +372,7 @@ def _outcomes(
             missing += [name] if name else []
             kernel = _instead(layer.op, layer.problem, device)
             error = stock_error = None
-        entry = table().entry(layer.op, layer.problem, device)
-        found.append(Outcome(layer, kernel, entry, error, stock_error))
+        found.append(Outcome(layer, kernel, error, stock_error))
     return found, missing
 
 

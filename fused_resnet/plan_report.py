@@ -16,7 +16,7 @@ from fused_resnet.console import duration, megabytes, plain, table
 from fused_resnet.layers import Plain
 from fused_resnet.memory_report import MemoryReport
 from fused_resnet.planner import Outcome, Settings
-from fused_resnet.tuned_table import Timing
+from fused_resnet.tuned_table import Timing, TunedTable
 
 if TYPE_CHECKING:
     from fused_resnet.plan import Specialisation
@@ -141,16 +141,18 @@ def report(
     name: str,
     parts: Sequence[tuple[str, Specialisation]],
     settings: Settings,
+    known: TunedTable,
     reason: str | None,
     memory: MemoryReport,
 ) -> PlanReport:
-    """The report of a plan with these programs."""
-    return PlanReport(
-        name, settings.mode, tuple(_part(*part, settings) for part in parts), memory, reason
-    )
+    """The report of a plan with these programs, and with what is known of its layers' kernels."""
+    found = tuple(_part(*part, settings, known) for part in parts)
+    return PlanReport(name, settings.mode, found, memory, reason)
 
 
-def _part(inputs: str, specialisation: Specialisation, settings: Settings) -> Part:
+def _part(
+    inputs: str, specialisation: Specialisation, settings: Settings, known: TunedTable
+) -> Part:
     decision = specialisation.decision
     outcomes = {o.layer.result: o for o in decision.outcomes}
     layers = specialisation.program.layers
@@ -158,7 +160,7 @@ def _part(inputs: str, specialisation: Specialisation, settings: Settings) -> Pa
     rows = [
         Row(layer.name, "", "torch")
         if isinstance(layer, Plain)
-        else _row(outcomes[layer.result], settings, device)
+        else _row(outcomes[layer.result], settings, known, device)
         for layer in layers.layers
     ]
     total = sum(row.seconds or 0.0 for row in rows)
@@ -170,12 +172,13 @@ def _part(inputs: str, specialisation: Specialisation, settings: Settings) -> Pa
     return Part(inputs, shared, decision.seconds, tuple(decision.notes), decision.chains)
 
 
-def _row(outcome: Outcome, settings: Settings, device: torch.device) -> Row:
+def _row(outcome: Outcome, settings: Settings, known: TunedTable, device: torch.device) -> Row:
     layer, name = outcome.layer, outcome.kernel.full_name
+    entry = known.entry(layer.op, layer.problem, device)
     seconds = None
     rivals: list[Rival] = []
-    if outcome.entry is not None:
-        timings = {t.kernel: t for t in outcome.entry.timings}
+    if entry is not None:
+        timings = {t.kernel: t for t in entry.timings}
         mine = timings.get(name)
         seconds = None if mine is None else mine.seconds
         tolerance = settings.tolerance_of(layer.problem.dtype)
@@ -188,7 +191,7 @@ def _row(outcome: Outcome, settings: Settings, device: torch.device) -> Row:
                 timing, mine, tolerance
             )
             rivals.append(Rival(timing.kernel, why))
-        rivals += [Rival(kernel, why) for kernel, why in outcome.entry.rejected]
+        rivals += [Rival(kernel, why) for kernel, why in entry.rejected]
     return Row(
         layer.name,
         str(layer.problem),

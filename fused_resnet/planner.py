@@ -45,7 +45,7 @@ from fused_resnet.proving import (
     tunable,
     walk,
 )
-from fused_resnet.tuned_table import Entry, Proof, TunedTable
+from fused_resnet.tuned_table import Proof, TunedTable
 from fused_resnet.tuning import EFFORTS, Results, Task, call_of, is_current, measure
 from fused_resnet.warn import warn
 from fused_resnet.weights import Weights
@@ -103,7 +103,6 @@ class Outcome:
     Attributes:
         layer: the layer.
         kernel: what computes it.
-        entry: what was measured of its problem; None if nothing was.
         error: of the layer on its real input, by norm; None if it was not proven.
         stock_error: stock torch's.
         note: why the kernel is another than the measurement says.
@@ -111,7 +110,6 @@ class Outcome:
 
     layer: Tunable
     kernel: Kernel
-    entry: Entry | None
     error: float | None = None
     stock_error: float | None = None
     note: str = ""
@@ -684,9 +682,8 @@ class _Planner:
         layers = assignment.layers
         for layer in tunable(layers):
             kernel = assignment.kernels[layer.result]
-            entry = self.table.entry(layer.op, layer.problem, self.device)
             found = (errors or {}).get((layer.result, kernel), (None, None))
-            outcomes.append(Outcome(layer, kernel, entry, *found))
+            outcomes.append(Outcome(layer, kernel, *found))
         chains = self.chaining.outcomes(layers)
         return Decision(layers, outcomes, self.notes, seconds, chains=chains)
 
@@ -705,8 +702,7 @@ class _Planner:
             kernel = backends.named(layer.op, name, layer.problem, self.device)
             if kernel is None:
                 return None
-            entry = self.table.entry(layer.op, layer.problem, self.device)
-            outcomes.append(Outcome(layer, kernel, entry, *errors))
+            outcomes.append(Outcome(layer, kernel, *errors))
         chains = self.chaining.outcomes(layers)
         notes = [*self.notes, *proof.notes]
         return Decision(layers, outcomes, notes, proof.seconds, proof.join, chains)

@@ -7,6 +7,7 @@ A value is let go after the step that reads it last.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from fused_resnet import native, ops
 from fused_resnet.backends.cpu_program import CpuProgram
 from fused_resnet.backends.cpu_program import Step as NativeStep
 from fused_resnet.backends.kernel import Kernel, PackedKernel
-from fused_resnet.graph import Constants, refs_in, substitute
+from fused_resnet.graph import Constants, Meta, refs_in, substitute
 from fused_resnet.layers import AddRelu, Chained, Conv, Conv3d, Layer, Layers, Plain, lower
 from fused_resnet.problem import channels_last_format
 from fused_resnet.weights import Weights
@@ -55,7 +56,8 @@ class Memory:
     Attributes:
         arena: of the native steps, for their activations.
         activations: of other steps, at their peak.
-        stock_activations: of stock torch at its peak, activation and sum in place.
+        stock_activations: of stock torch at its peak, activation and sum in place; with oneDNN's
+            copy of a convolution's weight in its own order, made at every call.
     """
 
     arena: int
@@ -139,9 +141,10 @@ def _peak(layers: Layers, copies: Callable[[Layer], int]) -> int:
         sizes = {i: meta[i].bytes if i in meta and count else 0 for i in layer.results}
         own = sum(sizes.values())
         temporary = own * (count - 1)
-        if isinstance(layer, Conv) and layer.problem.pool is not None and count > 1:
+        if isinstance(layer, Conv) and count > 1:
             p = layer.problem
-            temporary = 2 * p.n * p.k * p.conv_size[0] * p.conv_size[1] * p.dtype.itemsize
+            made = 0 if p.pool is None else p.n * p.k * math.prod(p.conv_size) * p.dtype.itemsize
+            temporary = max(temporary, 2 * made, made + _reordered(layer, meta[layer.result]))
         size.update(sizes)
         live += own
         peak = max(peak, live + temporary)
@@ -149,6 +152,14 @@ def _peak(layers: Layers, copies: Callable[[Layer], int]) -> int:
             if last.get(value, position) == position:
                 live -= size.pop(value, 0)
     return peak
+
+
+def _reordered(layer: Conv, result: Meta) -> int:
+    """Bytes of the weight in oneDNN's order: measured, 9.5 MB above what a 512 -> 512 3x3 holds."""
+    p = layer.problem
+    if result.device.type != "cpu" or p.dtype not in (torch.float32, torch.bfloat16):
+        return 0
+    return math.prod(p.weight_shape) * p.dtype.itemsize
 
 
 def last_reads(layers: Layers) -> dict[int, int]:
