@@ -67,7 +67,7 @@ class Net:
 
     def conv(
         self, x: int, k: int, r: int = 3, stride: int = 1, residual: int | None = None,
-        pool: MaxPool | None = None, groups: int = 1,
+        pool: MaxPool | None = None, groups: int = 1, kernel: str = "direct",
     ) -> int:  # fmt: skip
         n, c, h, w = self.values[x][0]
         p = conv_problem(
@@ -77,11 +77,10 @@ class Net:
         _x, weight, scale, shift, _r = draw(p, len(self.steps))
         scale = scale.abs() + 0.5
         assert extension is not None
-        native = native_conv("direct", extension.isa(), replace(p, pool=None))
+        native = native_conv(kernel, extension.isa(), replace(p, pool=None))
         if pool is not None:
-            native = native_stem(extension.isa(), p)
+            native, kernel = native_stem(extension.isa(), p), "stem"
         y = self._new(p.out_shape)
-        kernel = "direct" if pool is None else "stem"
         self.steps.append(Conv(x, y, p, kernel, native.pack(weight), scale, shift, residual))
 
         def function(v: dict[int, Tensor]) -> Tensor:
@@ -413,6 +412,29 @@ def test_a_residual_that_others_read_is_kept() -> None:
     places = lay_out(net.steps, sizes, [0], [net.steps[-1].y], 2, 0).places
     assert places[b] != places[a]  # a is read again
     assert places[c] == places[a]  # for the last time
+
+
+@pytest.mark.parametrize("threads_", [1, 2, 3])
+@pytest.mark.parametrize("kernel", extension.cpu_conv_kernels(LEVELS[-1]) if extension else ())
+def test_every_kernel_may_write_on_its_residual(
+    kernel: str, threads_: int, threads: Callable[[int], None]
+) -> None:
+    threads(threads_)
+    dtype = torch.bfloat16 if kernel.startswith("amx") else torch.float32
+    shape = (31, 32, 13, 11)
+    net = Net(dtype, {0: (shape, dtype)})
+    a = net.conv(0, 64)
+    y = net.conv(net.conv(a, 64, kernel=kernel), 64, residual=a, kernel=kernel)
+    size = 64 * 13 * 11 * dtype.itemsize
+    end = net.add_relu(net.conv(y, 64), y)  # y itself is no output
+    places = lay_out(net.steps, dict.fromkeys(net.values, size), [0], [end], 31, 0).places
+    assert places[y] == places[a]
+    x = channels_last(torch.randn(shape).to(dtype))
+    (result,) = net.program(end)(x)
+    found = error(result, net.evaluate(x, float64=True)[end])
+    assert found.finite
+    # Beside rounding, the transforms of Winograd's kernels.
+    assert found.l2 < (1e-2 if dtype == torch.bfloat16 else 5e-6)
 
 
 @given(st.data())
