@@ -22,6 +22,7 @@ _LEGEND = (
     "peak: most memory of that process during this and two more calls, above the loaded stock "
     "model. "
     "serving: most memory during three later calls, weights included, all else let go. "
+    "Memory on the CPU is the process's own: pages of files, as code, are not counted. "
     "error: of the outputs, relative to float64. "
     "class: images whose best class is float64's. "
     "Each contender gets its input in its own memory layout."

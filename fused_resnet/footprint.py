@@ -1,4 +1,8 @@
-"""What a process holds, as the operating system counts it."""
+"""What a process holds for itself, as the operating system counts it.
+
+Pages of files are left out: they are mostly the code of libraries, which all processes share and
+the system may drop.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +30,16 @@ def _malloc_trim() -> Callable[[int], Any] | None:
 
 
 def resident() -> int | None:
-    """Bytes of this process in memory now; None where the system does not tell."""
-    return _status("VmRSS")
+    """Bytes of this process's own in memory now; None where the system does not tell."""
+    return _without_files("VmRSS")
 
 
 def peak() -> int | None:
-    """The most bytes in memory since the process began, or since `reset_peak`; None as above."""
-    return _status("VmHWM")
+    """The most bytes of its own since the process began, or since `reset_peak`; None as above.
+
+    Files have as many pages in memory now as they had then, unless more were read in since.
+    """
+    return _without_files("VmHWM")
 
 
 def reset_peak() -> bool:
@@ -42,6 +49,11 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def _without_files(key: str) -> int | None:
+    all_pages, of_files = _status(key), _status("RssFile")
+    return None if all_pages is None or of_files is None else all_pages - of_files
 
 
 def _status(key: str) -> int | None:

@@ -59,7 +59,7 @@ class Probe:
         serving_memory: bytes at the peak of three later calls, once all is gone that the contender
             does not hold: the network's weights in whatever form, activations, the engine. What it
             takes to go on serving. None as above.
-        method: how the memory was measured.
+        method: how the memory was measured: on the CPU without pages of files, see `footprint`.
     """
 
     first_call: float
@@ -142,7 +142,7 @@ def _reset_peak(device: torch.device) -> int | None:
 def _peak(device: torch.device) -> tuple[int | None, str]:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device)), "torch.cuda.max_memory_allocated"
-    return footprint.peak(), "VmHWM of /proc/self/status"
+    return footprint.peak(), "VmHWM - RssFile of /proc/self/status"
 
 
 def _main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fused_resnet
-from fused_resnet import numerics, planner, tuning
+from fused_resnet import footprint, numerics, planner, tuning
 from fused_resnet.problem import ConvProblem
 from fused_resnet.stored import Renamed, StoredTensors
 from tests.plans import assert_right, small_resnet
@@ -70,6 +71,31 @@ def test_loading_holds_one_weight_at_a_time(
     assert max(map(len, together)) == 1
     assert not living
     assert plan.weights.state == {}
+
+
+@pytest.mark.skipif(footprint.resident() is None, reason="the system tells of no pages of files")
+def test_what_a_process_holds_leaves_out_files(tmp_path: Path) -> None:
+    path, size = tmp_path / "file", 64 << 20
+    path.write_bytes(bytes(size))
+    before = footprint.resident()
+    assert before is not None
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert sum(mapped[::4096]) == 0  # All of it is in memory.
+        held = footprint.resident()
+        assert held is not None
+        assert held - before < size // 4
+        if not footprint.reset_peak():
+            pytest.skip("the system does not let the peak begin anew")
+        own = torch.ones(size, dtype=torch.uint8)
+        peak = footprint.peak()
+        del own
+        footprint.give_back()
+        now = footprint.resident()
+        assert peak is not None
+        assert now is not None
+        assert size * 0.9 < peak - before < size * 1.25
+        assert now - before < size // 4
+        assert footprint.peak() == pytest.approx(peak, rel=0.05)
 
 
 def test_a_truncated_weight_is_told(tmp_path: Path) -> None:

@@ -23,8 +23,13 @@ _FIRST_CALL = (
     "In a fresh process, from the loaded stock model to the first result: fusing, verifying, "
     "packing, compiling. What compilers and tuning keep on disk is there already."
 )
-_PEAK = "At the peak of the first three calls in a fresh process."
-_SERVING = "At the peak of three later calls, once all else is let go. Weights included."
+_PEAK = (
+    "At the peak of the first three calls in a fresh process. On the CPU without pages of files."
+)
+_SERVING = (
+    "At the peak of three later calls, once all else is let go. Weights included. On the CPU without "
+    "pages of files, as code."
+)
 
 _MEASURED = '<span class="tag measured">measured</span>'
 _PREDICTED = '<span class="tag predicted">predicted</span>'
