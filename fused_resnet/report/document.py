@@ -23,13 +23,9 @@ _FIRST_CALL = (
     "In a fresh process, from the loaded stock model to the first result: fusing, verifying, "
     "packing, compiling. What compilers and tuning keep on disk is there already."
 )
-_PEAK = (
-    "At the peak of the first three calls in a fresh process. On the CPU without pages of files."
-)
-_SERVING = (
-    "At the peak of three later calls, once all else is let go. Weights included. On the CPU without "
-    "pages of files, as code."
-)
+_OWN = "On the CPU without pages of files, as code."
+_PEAK = f"At the peak of the first three calls in a fresh process. {_OWN}"
+_SERVING = f"At the peak of three later calls, once all else is let go. Weights included. {_OWN}"
 
 _MEASURED = '<span class="tag measured">measured</span>'
 _PREDICTED = '<span class="tag predicted">predicted</span>'
