@@ -150,6 +150,8 @@ def _settings(
         budget = 600.0 if mode == "max" else 60.0
     if not budget >= 0.0:
         raise ValueError(f"budget must not be negative, got {budget}")
+    if compact is not None and not isinstance(compact, bool):
+        raise ValueError(f"compact must be None, True or False, got {compact!r}")
     return Settings(mode, tolerance, budget, compact)
 
 

@@ -496,6 +496,8 @@ def test_bad_arguments() -> None:
         fused_resnet.optimize(model, X, mode="fast")
     with pytest.raises(ValueError, match="tolerance is a relative error"):
         fused_resnet.optimize(model, X, tolerance=-1.0)
+    with pytest.raises(ValueError, match="compact must be None, True or False, got 'yes'"):
+        fused_resnet.optimize(model, X, compact="yes")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="budget must not be negative"):
         fused_resnet.optimize(model, X, budget=-1.0)
     with pytest.raises(ValueError, match="must contain a tensor"):
