@@ -145,7 +145,7 @@ def report(
     reason: str | None,
     memory: MemoryReport,
 ) -> PlanReport:
-    """The report of a plan with these programs, and with what is known of its layers' kernels."""
+    """The report of a plan with these programs; ``known`` tells of kernels that a file named."""
     found = tuple(_part(*part, settings, known) for part in parts)
     return PlanReport(name, settings.mode, found, memory, reason)
 
@@ -174,7 +174,7 @@ def _part(
 
 def _row(outcome: Outcome, settings: Settings, known: TunedTable, device: torch.device) -> Row:
     layer, name = outcome.layer, outcome.kernel.full_name
-    entry = known.entry(layer.op, layer.problem, device)
+    entry = outcome.entry or known.entry(layer.op, layer.problem, device)
     seconds = None
     rivals: list[Rival] = []
     if entry is not None:

@@ -45,7 +45,7 @@ from fused_resnet.proving import (
     tunable,
     walk,
 )
-from fused_resnet.tuned_table import Proof, TunedTable
+from fused_resnet.tuned_table import Entry, Proof, TunedTable
 from fused_resnet.tuning import EFFORTS, Results, Task, call_of, is_current, measure
 from fused_resnet.warn import warn
 from fused_resnet.weights import Weights
@@ -106,6 +106,8 @@ class Outcome:
         error: of the layer on its real input, by norm; None if it was not proven.
         stock_error: stock torch's.
         note: why the kernel is another than the measurement says.
+        entry: what was measured of its problem by then; None if nothing was, or if it is not held
+            here: of a plan that was read from a file.
     """
 
     layer: Tunable
@@ -113,6 +115,7 @@ class Outcome:
     error: float | None = None
     stock_error: float | None = None
     note: str = ""
+    entry: Entry | None = None
 
 
 @dataclass(frozen=True)
@@ -682,8 +685,9 @@ class _Planner:
         layers = assignment.layers
         for layer in tunable(layers):
             kernel = assignment.kernels[layer.result]
-            found = (errors or {}).get((layer.result, kernel), (None, None))
-            outcomes.append(Outcome(layer, kernel, *found))
+            entry = self.table.entry(layer.op, layer.problem, self.device)
+            ours, theirs = (errors or {}).get((layer.result, kernel), (None, None))
+            outcomes.append(Outcome(layer, kernel, ours, theirs, entry=entry))
         chains = self.chaining.outcomes(layers)
         return Decision(layers, outcomes, self.notes, seconds, chains=chains)
 
@@ -698,11 +702,13 @@ class _Planner:
         if not len(proof.kernels) == len(proof.errors) == len(tunable(layers)):
             return None
         outcomes = []
-        for layer, name, errors in zip(tunable(layers), proof.kernels, proof.errors, strict=True):
+        proven = zip(tunable(layers), proof.kernels, proof.errors, strict=True)
+        for layer, name, (ours, theirs) in proven:
             kernel = backends.named(layer.op, name, layer.problem, self.device)
             if kernel is None:
                 return None
-            outcomes.append(Outcome(layer, kernel, *errors))
+            entry = self.table.entry(layer.op, layer.problem, self.device)
+            outcomes.append(Outcome(layer, kernel, ours, theirs, entry=entry))
         chains = self.chaining.outcomes(layers)
         notes = [*self.notes, *proof.notes]
         return Decision(layers, outcomes, notes, proof.seconds, proof.join, chains)

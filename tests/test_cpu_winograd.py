@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from fused_resnet._build import extension
 from fused_resnet.backends.cpu import WinogradConv, native_conv
 from fused_resnet.numerics import error, reference_conv, stock_conv
 from fused_resnet.problem import EPILOGUES, ConvProblem
+from tests.guarded import guarded
 from tests.helpers import CPU, Args, channels_last, conv_problem, draw, short
 
 pytestmark = pytest.mark.skipif(extension is None, reason="no compiled extension")
@@ -200,6 +204,25 @@ def test_subnormal_results_are_not_flushed(name: str, isa: str) -> None:
     args = Args(x, torch.full((16, 32, 3, 3), 2.0**-40), torch.ones(16), torch.zeros(16), None)
     inner = run(name, isa, p, args)[..., 1:-1, 1:-1]
     assert torch.allclose(inner.double(), torch.tensor(288 * 2.0**-140).double(), rtol=1e-3, atol=0)
+
+
+def check_fenced(isa: str) -> None:
+    """Run on tensors that border on pages which must not be touched; with tails of vectors."""
+    for name, dtype, at_end in itertools.product(NAMES, DTYPES, (False, True)):
+        p = conv_problem(2, 19, 9, 7, 21, epilogue="add_relu", dtype=dtype)
+        args = draw(p)
+        fenced = Args(*(guarded(t, at_end) for t in args))
+        assert torch.equal(run(name, isa, p, fenced), run(name, isa, p, args))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect is called as on Linux")
+@pytest.mark.parametrize("isa", LEVELS)
+def test_nothing_beside_the_tensors_is_touched(isa: str) -> None:
+    code = f"from tests.test_cpu_winograd import check_fenced; check_fenced({isa!r}); print('done')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.stdout.strip() == "done", (done.returncode, done.stderr)
 
 
 @pytest.mark.parametrize("isa", LEVELS)

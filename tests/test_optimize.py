@@ -20,6 +20,7 @@ from fused_resnet.backends import FusedResNetWarning, Kernel
 from fused_resnet.judging import Judge
 from fused_resnet.plan_report import PlanReport, Row
 from fused_resnet.problem import ConvProblem
+from fused_resnet.tuned_table import TunedTable
 from tests.helpers import CPU, Args, conv_problem, draw, stock
 from tests.plans import Blocks, assert_right, blocks, small_resnet
 
@@ -479,6 +480,36 @@ def test_arguments_of_every_kind(tuned: Path) -> None:
         assert torch.allclose(plan(x=X, mask=mask, flip=True), model(X, mask, True), atol=1e-6)
         # Other flags are other programs: these run through the fused model.
         assert torch.allclose(plan(x=X, mask=mask, flip=False), model(X, mask), atol=1e-6)
+
+
+@pytest.mark.usefixtures("tuned")
+def test_explain_tells_what_was_measured_whatever_the_threads_are_now() -> None:
+    plan = fused_resnet.optimize(blocks(), X)
+    told = plan.explain().parts
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert plan.explain().parts == told
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("tuned")
+def test_a_loaded_plan_reads_the_table_only_to_explain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = fused_resnet.optimize(blocks(), X)
+    plan.save(tmp_path / "plan")
+    read: list[object] = []
+    entry = TunedTable.entry
+    monkeypatch.setattr(TunedTable, "entry", lambda *args: read.append(args) or entry(*args))
+    loaded = fused_resnet.load(tmp_path / "plan")
+    loaded(X)
+    assert not read
+    times = [r.seconds for part in loaded.explain().parts for r in part.rows]
+    assert read
+    assert times == [r.seconds for part in plan.explain().parts for r in part.rows]
+    assert any(times)
 
 
 # ------------------------------------------------------------------------------------------ errors
