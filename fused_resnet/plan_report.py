@@ -187,8 +187,10 @@ def _row(outcome: Outcome, settings: Settings, known: TunedTable, device: torch.
             kernel = backends.named(layer.op, timing.kernel, layer.problem, device)
             larger = 0 if kernel is None else kernel.expansion(layer.problem)
             mine_larger = outcome.kernel.expansion(layer.problem)
-            why = _too_large(larger - mine_larger, settings, timing, mine) or _why_not(
-                timing, mine, tolerance
+            why = (
+                _too_inexact(timing, tolerance)
+                or _too_large(larger - mine_larger, settings, timing, mine)
+                or _too_slow(timing, mine)
             )
             rivals.append(Rival(timing.kernel, why))
         rivals += [Rival(kernel, why) for kernel, why in entry.rejected]
@@ -204,6 +206,14 @@ def _row(outcome: Outcome, settings: Settings, known: TunedTable, device: torch.
     )
 
 
+def _too_inexact(timing: Timing, tolerance: float | None) -> str | None:
+    if not timing.exact and tolerance is None:
+        return f"inexact (error {timing.error:.1e}), which the mode excludes"
+    if not timing.exact and tolerance is not None and timing.error > tolerance:
+        return f"its error {timing.error:.1e} exceeds the tolerance {tolerance:.1e}"
+    return None
+
+
 def _too_large(bytes_: int, settings: Settings, timing: Timing, mine: Timing | None) -> str | None:
     """Why a kernel that takes so many bytes more for the layer's weights is left out, if it is."""
     if bytes_ <= 0 or settings.compact is False:
@@ -216,11 +226,7 @@ def _too_large(bytes_: int, settings: Settings, timing: Timing, mine: Timing | N
     return f"{timing.seconds / mine.seconds:.2f} of the time, but {more}: see compact of optimize"
 
 
-def _why_not(timing: Timing, mine: Timing | None, tolerance: float | None) -> str:
-    if not timing.exact and tolerance is None:
-        return f"inexact (error {timing.error:.1e}), which the mode excludes"
-    if not timing.exact and tolerance is not None and timing.error > tolerance:
-        return f"its error {timing.error:.1e} exceeds the tolerance {tolerance:.1e}"
+def _too_slow(timing: Timing, mine: Timing | None) -> str:
     if mine is None:
         return f"{duration(timing.seconds)}, where the chosen kernel was not measured"
     ratio = timing.seconds / mine.seconds

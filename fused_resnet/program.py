@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fused_resnet import native, ops
+from fused_resnet.backends.cpu import SMALL_IMAGE
 from fused_resnet.backends.cpu_program import CpuProgram
 from fused_resnet.backends.cpu_program import Step as NativeStep
 from fused_resnet.backends.kernel import Kernel, PackedKernel
@@ -155,9 +156,13 @@ def _peak(layers: Layers, copies: Callable[[Layer], int]) -> int:
 
 
 def _reordered(layer: Conv, result: Meta) -> int:
-    """Bytes of the weight in oneDNN's order: measured, 9.5 MB above what a 512 -> 512 3x3 holds."""
+    """Bytes of the weight in oneDNN's order: measured, 9.5 MB above what a 512 -> 512 3x3 holds.
+
+    None for one small image, for which ATen may leave oneDNN aside.
+    """
     p = layer.problem
-    if result.device.type != "cpu" or p.dtype not in (torch.float32, torch.bfloat16):
+    small = p.n == 1 and p.c * p.h * p.w <= SMALL_IMAGE
+    if small or result.device.type != "cpu" or p.dtype not in (torch.float32, torch.bfloat16):
         return 0
     return math.prod(p.weight_shape) * p.dtype.itemsize
 

@@ -727,6 +727,10 @@ def test_a_compact_plan_keeps_no_weights_in_a_larger_form() -> None:
         assert "compact=True" not in str(compact.explain())
     again = fused_resnet.optimize(model, x, compact=False)
     assert rows(again)[0].kernel == "cpu/winograd4"
+    # The mode comes first: no memory would bring them back.
+    strict = fused_resnet.optimize(model, x, mode="strict")
+    whys = {rival.kernel: rival.why for rival in rows(strict)[0].rivals}
+    assert "which the mode excludes" in whys["cpu/winograd4"]
 
 
 @pytest.mark.usefixtures("tuned", "winograd_is_fastest")

@@ -379,9 +379,11 @@ def test_memory_is_counted() -> None:
 
 def test_stock_memory_counts_the_weight_that_onednn_copies_at_every_call() -> None:
     model = nn.Sequential(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()).eval()
-    x = torch.randn(1, 256, 4, 4)
+    x = torch.randn(2, 256, 4, 4)
     y = x.nbytes  # The convolution's result; the weight is larger than a second one.
     assert optimized(model, x).memory.stock_activations == y + 256 * 256 * 9 * 4
+    # One small image is left to ATen's own convolution.
+    assert optimized(model, x[:1]).memory.stock_activations == y
     assert optimized(model.double(), x.double()).memory.stock_activations == 2 * (2 * y)
 
 

@@ -122,12 +122,12 @@ def _is_small(problem: ConvProblem) -> bool:
         and problem.dtype == torch.float32
         and problem.n == 1
         and problem.groups == 1
-        and problem.c * problem.h * problem.w <= _SMALL
+        and problem.c * problem.h * problem.w <= SMALL_IMAGE
     )
 
 
 #: Elements of an image for which ATen, too, leaves oneDNN aside.
-_SMALL = 20480
+SMALL_IMAGE = 20480
 
 
 class NativeConv(PackedKernel):
