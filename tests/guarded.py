@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import mmap
+import subprocess
 import sys
 
 import torch
@@ -38,6 +39,15 @@ def guarded(t: Tensor | None, at_end: bool) -> Tensor | None:
     flat = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=offset)
     _kept.append(view)
     return torch.as_strided(flat, t.shape, t.stride()).copy_(t)
+
+
+def check_alone(module: str, isa: str) -> None:
+    """Call a test module's ``check_fenced(isa)`` in a process of its own, which may be killed."""
+    code = f"from {module} import check_fenced; check_fenced({isa!r}); print('done')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.stdout.strip() == "done", (done.returncode, done.stderr)
 
 
 def main(module: str, kernel: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import subprocess
 import sys
 
 import pytest
@@ -17,6 +16,7 @@ from fused_resnet._build import extension
 from fused_resnet.backends.cpu import native_conv
 from fused_resnet.numerics import reference_conv, stock_conv
 from fused_resnet.problem import EPILOGUES, ConvProblem, conv_out_size
+from tests.guarded import check_alone
 from tests.helpers import GEOMETRIES, assert_within_rule, channels_last, conv_problem, draw, short
 
 pytestmark = pytest.mark.skipif(extension is None, reason="no compiled extension")
@@ -211,11 +211,7 @@ def check_fenced(isa: str) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect is called as on Linux")
 @pytest.mark.parametrize("isa", LEVELS)
 def test_nothing_beside_the_tensors_is_touched(isa: str) -> None:
-    code = f"from tests.test_cpu_direct import check_fenced; check_fenced({isa!r}); print('done')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.stdout.strip() == "done", (done.returncode, done.stderr)
+    check_alone("tests.test_cpu_direct", isa)
 
 
 def test_refuses_what_does_not_fit() -> None:

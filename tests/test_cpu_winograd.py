@@ -6,7 +6,6 @@ import ctypes
 import ctypes.util
 import itertools
 import math
-import subprocess
 import sys
 
 import pytest
@@ -20,7 +19,7 @@ from fused_resnet._build import extension
 from fused_resnet.backends.cpu import WinogradConv, native_conv
 from fused_resnet.numerics import error, reference_conv, stock_conv
 from fused_resnet.problem import EPILOGUES, ConvProblem
-from tests.guarded import guarded
+from tests.guarded import check_alone, guarded
 from tests.helpers import CPU, Args, channels_last, conv_problem, draw, short
 
 pytestmark = pytest.mark.skipif(extension is None, reason="no compiled extension")
@@ -218,11 +217,7 @@ def check_fenced(isa: str) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect is called as on Linux")
 @pytest.mark.parametrize("isa", LEVELS)
 def test_nothing_beside_the_tensors_is_touched(isa: str) -> None:
-    code = f"from tests.test_cpu_winograd import check_fenced; check_fenced({isa!r}); print('done')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.stdout.strip() == "done", (done.returncode, done.stderr)
+    check_alone("tests.test_cpu_winograd", isa)
 
 
 @pytest.mark.parametrize("isa", LEVELS)
