@@ -88,7 +88,8 @@ def optimize(
             do, such as Winograd's that keep them transformed (1.8 to 4 times the bytes of a 3x3).
             None leaves out as many as it takes for the weights and activations of a plan for these
             shapes to need no more memory than stock torch's, those first that gain the least time
-            for a byte; False leaves out none.
+            for a byte (all, where workspaces alone need more, as in tiny networks); False leaves
+            out none.
         cuda_graph: on CUDA, capture the program into a graph.
         progress: whether to show a progress bar, by default if standard error is a terminal; or a
             function that is told what is going on and the share that is done.
