@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from fused_resnet.plan import Specialisation
 
 
+#: `Entry.spread` above which the choice between kernels may have been chance.
+_BUSY = 1.5
+
+
 @dataclass(frozen=True)
 class Rival:
     """A kernel that does not compute a layer, and why not."""
@@ -43,6 +47,7 @@ class Row:
         error: relative distance from float64 on the layer's real input, by norm.
         stock_error: stock torch's.
         rivals: all other kernels.
+        spread: how much the fastest kernel's calls differed, see `Entry`; None if not measured.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Row:
     error: float | None = None
     stock_error: float | None = None
     rivals: tuple[Rival, ...] = ()
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,19 @@ def _part(
         else Row(**{**vars(row), "share": row.seconds / total})
         for row in rows
     )  # fmt: skip
-    return Part(inputs, shared, decision.seconds, tuple(decision.notes), decision.chains)
+    notes = (*decision.notes, *_unsteady(rows))
+    return Part(inputs, shared, decision.seconds, notes, decision.chains)
+
+
+def _unsteady(rows: Sequence[Row]) -> Iterator[str]:
+    """A note, if kernels were compared while the machine did something else."""
+    spreads = [row.spread for row in rows if row.spread is not None and row.spread > _BUSY]
+    if spreads:
+        yield (
+            f"{len(spreads)} layers were measured on a busy machine: the typical call of a kernel "
+            f"took up to {max(spreads):.1f} times as long as its quick ones. To measure again when "
+            "it is idle, remove the table (fused-resnet doctor names it), or use cache=False"
+        )
 
 
 def _row(outcome: Outcome, settings: Settings, known: TunedTable, device: torch.device) -> Row:
@@ -203,6 +221,7 @@ def _row(outcome: Outcome, settings: Settings, known: TunedTable, device: torch.
         outcome.error,
         outcome.stock_error,
         tuple(rivals),
+        None if entry is None else entry.spread,
     )
 
 

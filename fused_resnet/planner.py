@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +45,15 @@ from fused_resnet.proving import (
     walk,
 )
 from fused_resnet.tuned_table import Entry, Proof, TunedTable
-from fused_resnet.tuning import EFFORTS, Results, Task, call_of, is_current, measure
+from fused_resnet.tuning import (
+    EFFORTS,
+    Results,
+    Task,
+    call_of,
+    is_current,
+    lower_quartile,
+    measure,
+)
 from fused_resnet.warn import warn
 from fused_resnet.weights import Weights
 
@@ -631,23 +638,23 @@ class _Planner:
             self.notes.append("interrupted while the whole network was timed")
         if not all(samples):
             return 0, None
-        medians = [statistics.median(s) for s in samples]
+        seconds = [lower_quartile(s) for s in samples]
         first = 0
-        if distinct[0].layers.spans and min(medians[1:]) <= medians[0]:
+        if distinct[0].layers.spans and min(seconds[1:]) <= seconds[0]:
             self.notes.append(
-                f"nothing is chained: as a whole the network takes {medians[0] * 1e3:.2f} ms with "
-                f"chains, and {min(medians[1:]) * 1e3:.2f} ms without"
+                f"nothing is chained: as a whole the network takes {seconds[0] * 1e3:.2f} ms with "
+                f"chains, and {min(seconds[1:]) * 1e3:.2f} ms without"
             )
             first = 1
-        best = min(range(first, len(medians)), key=medians.__getitem__)
-        if medians[best] > medians[first] * (1 - _CONTEST_TIE):
+        best = min(range(first, len(seconds)), key=seconds.__getitem__)
+        if seconds[best] > seconds[first] * (1 - _CONTEST_TIE):
             best = first
         else:
             self.notes.append(
                 f"as a whole, another assignment than the fastest kernel of each layer is faster: "
-                f"{medians[best] * 1e3:.2f} ms rather than {medians[first] * 1e3:.2f} ms"
+                f"{seconds[best] * 1e3:.2f} ms rather than {seconds[first] * 1e3:.2f} ms"
             )
-        return next(i for i, a in enumerate(proven) if a is distinct[best]), medians[best]
+        return next(i for i, a in enumerate(proven) if a is distinct[best]), seconds[best]
 
     def joins_rightly(self, assignment: Assignment) -> bool:
         """Whether the program returns what its layers return one by one."""

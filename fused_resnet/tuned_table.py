@@ -39,7 +39,7 @@ from fused_resnet.warn import FusedResNetWarning
 ENV = "FUSED_RESNET_TUNED_TABLE"
 
 #: Name and version of the format; a file of another is put aside.
-SCHEMA = "fused_resnet.tuned/1"
+SCHEMA = "fused_resnet.tuned/2"
 
 #: Bounds of the file: environments, and entries and proofs of each.
 MAX_ENVIRONMENTS, MAX_ENTRIES, MAX_PROOFS = 8, 2048, 64
@@ -57,7 +57,7 @@ class Timing:
 
     Attributes:
         kernel: its full name.
-        seconds: of one call.
+        seconds: of one call, the lower quartile.
         error: relative distance from float64, by norm.
         exact: see `Kernel.exact`.
     """
@@ -78,6 +78,8 @@ class Entry:
         rejected: (kernel, reason) of all others.
         effort: ``balanced`` or ``max``: which kernels were candidates.
         when: seconds since 1970.
+        spread: half of the fastest kernel's calls took at least so many times its time: 1 on an
+            idle machine.
     """
 
     stock_error: float
@@ -85,6 +87,7 @@ class Entry:
     rejected: tuple[tuple[str, str], ...] = ()
     effort: str = "balanced"
     when: float = 0.0
+    spread: float = 1.0
 
     @property
     def considered(self) -> frozenset[str]:
@@ -353,9 +356,8 @@ def _entry(data: dict[str, Any]) -> Entry:
         for t in data["timings"]
     )
     rejected = tuple((str(name), str(reason)) for name, reason in data["rejected"])
-    return Entry(
-        float(data["stock_error"]), timings, rejected, str(data["effort"]), float(data["when"])
-    )
+    stock_error, when, spread = (float(data[key]) for key in ("stock_error", "when", "spread"))
+    return Entry(stock_error, timings, rejected, str(data["effort"]), when, spread)
 
 
 def _proof(data: dict[str, Any]) -> Proof:

@@ -9,7 +9,12 @@ How a problem is measured:
    the user's tolerance to be compared with. One that raises is out, with one warning. Stock torch
    itself is out where its error is more than rounding explains (see `fused_resnet.stock`).
 3. What is left is timed in rounds, the order rotating, so that whatever the machine does meanwhile
-   meets all alike; a median counts. One that is far behind after some rounds leaves.
+   meets all alike. One of whose calls none comes near the best's after some rounds leaves.
+
+What else a machine does only ever adds to the time of a call, and with threads that wait for each
+other it adds much: a kernel that two threads share takes many times as long while one of them does
+not run. So the lower quartile of the calls counts, and while the fastest kernel's calls differ
+much, rounds go on. How much they differed in the end is kept: `Entry.spread`.
 
 On the CPU the caches are swept before each call of a layer whose weights are larger than its
 activations: in a network such weights come from memory, and kernels that need more bytes for them
@@ -54,8 +59,10 @@ from fused_resnet.warn import FusedResNetWarning
 
 #: Images that errors are taken from at once, at most, and bytes in float64: they need memory.
 _CHUNK, _CHUNK_BYTES = 4, 32 * 2**20
-#: Rounds after which a kernel so many times as slow as the best leaves.
-_EARLY_ROUNDS, _FAR_BEHIND = 3, 1.5
+#: Rounds after which a kernel leaves whose fastest call took so many times as long as the best's.
+_EARLY_ROUNDS, _FAR_BEHIND = 4, 1.5
+#: Measuring goes on, for so many times as long, while the fastest kernel's spread is above this.
+_STEADY, _PERSISTENCE = 1.15, 4
 #: Bytes that are written to sweep the caches.
 _SWEEP = 32 * 2**20
 
@@ -138,7 +145,17 @@ class _Candidate:
 
     @property
     def seconds(self) -> float:
-        return statistics.median(self.samples)
+        return lower_quartile(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Half of the calls took at least so many times as long as `seconds`."""
+        return statistics.median_high(self.samples) / self.seconds
+
+
+def lower_quartile(samples: Sequence[float]) -> float:
+    """The sample that at least a quarter of them are not above."""
+    return sorted(samples)[(len(samples) - 1) // 4]
 
 
 def measure(task: Task, effort: Effort) -> Entry:
@@ -169,7 +186,8 @@ def measure(task: Task, effort: Effort) -> Entry:
         Timing(c.kernel.full_name, c.seconds, c.error.l2, c.kernel.exact) for c in found
     )
     stock_error = largest(*allowed).l2
-    return Entry(stock_error, timings, tuple(rejected), effort.name, time.time())
+    spread = min(found, key=lambda c: c.seconds).spread if found else 1.0
+    return Entry(stock_error, timings, tuple(rejected), effort.name, time.time(), spread)
 
 
 def contenders(task: Task, effort: Effort) -> list[Kernel]:
@@ -353,16 +371,18 @@ def _time(found: Sequence[_Candidate], task: Task, effort: Effort) -> None:
         c.samples = [clock(c.call, 1, sweep)]  # The second call: the first was its verification.
     start = time.monotonic()
     for round_ in range(10_000):
-        spent = time.monotonic() - start
-        if round_ >= effort.rounds and spent >= effort.seconds * len(running):
-            break
+        if round_ >= effort.rounds:
+            share = (time.monotonic() - start) / (effort.seconds * len(running))
+            steady = min(running, key=lambda c: c.seconds).spread <= _STEADY
+            if share >= (1 if steady else _PERSISTENCE):
+                break
         for c in running[round_ % len(running) :] + running[: round_ % len(running)]:
             # Short calls are timed many at a time; not where each call needs caches swept.
             calls = 1 if sweep is not None else max(1, math.ceil(2e-4 / max(c.samples[0], 1e-7)))
             c.samples.append(clock(c.call, calls, sweep))
         if round_ + 1 == _EARLY_ROUNDS:
-            limit = _FAR_BEHIND * min(c.seconds for c in running)
-            running = [c for c in running if c.seconds <= limit]
+            limit = _FAR_BEHIND * min(min(c.samples) for c in running)
+            running = [c for c in running if min(c.samples) <= limit]
     for c in found:
         c.samples = c.samples[1:]
 
@@ -413,6 +433,7 @@ __all__ = [
     "contenders",
     "error_of_stock",
     "is_current",
+    "lower_quartile",
     "measure",
     "reference",
     "results_of",
