@@ -15,7 +15,7 @@ from fused_resnet.chain_planner import ChainOutcome
 from fused_resnet.console import duration, megabytes, plain, table
 from fused_resnet.layers import Plain
 from fused_resnet.memory_report import MemoryReport
-from fused_resnet.planner import Outcome, Settings
+from fused_resnet.planner import Outcome, Settings, not_used
 from fused_resnet.tuned_table import Timing, TunedTable
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _part(
     rows = [
         Row(layer.name, "", "torch")
         if isinstance(layer, Plain)
-        else _row(outcomes[layer.result], settings, known, device)
+        else _row(outcomes[layer.result], settings, known, device, decision.notes)
         for layer in layers.layers
     ]
     total = sum(row.seconds or 0.0 for row in rows)
@@ -190,7 +190,13 @@ def _unsteady(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def _row(outcome: Outcome, settings: Settings, known: TunedTable, device: torch.device) -> Row:
+def _row(
+    outcome: Outcome,
+    settings: Settings,
+    known: TunedTable,
+    device: torch.device,
+    notes: Sequence[str],
+) -> Row:
     layer, name = outcome.layer, outcome.kernel.full_name
     entry = outcome.entry or known.entry(layer.op, layer.problem, device)
     seconds = None
@@ -207,6 +213,7 @@ def _row(outcome: Outcome, settings: Settings, known: TunedTable, device: torch.
             mine_larger = outcome.kernel.expansion(layer.problem)
             why = (
                 _too_inexact(timing, tolerance)
+                or _wrong_here(layer.name, timing, notes)
                 or _too_large(larger - mine_larger, settings, timing, mine)
                 or _too_slow(timing, mine)
             )
@@ -231,6 +238,12 @@ def _too_inexact(timing: Timing, tolerance: float | None) -> str | None:
     if not timing.exact and tolerance is not None and timing.error > tolerance:
         return f"its error {timing.error:.1e} exceeds the tolerance {tolerance:.1e}"
     return None
+
+
+def _wrong_here(layer: str, timing: Timing, notes: Sequence[str]) -> str | None:
+    """Why a kernel was found wrong with the layer's own weights, if it was."""
+    found = (n for n in notes if n.startswith(not_used(layer, timing.kernel)))
+    return next((n.removeprefix(not_used(layer, timing.kernel)) for n in found), None)
 
 
 def _too_large(bytes_: int, settings: Settings, timing: Timing, mine: Timing | None) -> str | None:

@@ -534,7 +534,7 @@ class _Planner:
                         )
                         warn(note, stacklevel=6)
                     else:
-                        note = f"{layer.name}: {kernel.full_name} is not used: {why}"
+                        note = f"{not_used(layer.name, kernel.full_name)}{why}"
                         wanted.append(instead)
                     self.notes.append(note)
                     for a in proven:
@@ -721,6 +721,11 @@ class _Planner:
         return Decision(layers, outcomes, notes, proof.seconds, proof.join, chains)
 
 
+def not_used(layer: str, kernel: str) -> str:
+    """What a note begins with that says why a kernel does not compute a layer."""
+    return f"{layer}: {kernel} is not used: "
+
+
 def _expansion(kernel: Kernel, layer: Tunable) -> int:
     """Bytes that a kernel adds to the layer's weights, see `Kernel.expansion`."""
     return kernel.expansion(layer.problem)
@@ -746,4 +751,5 @@ __all__ = [
     "decide_again",
     "decide_untimed",
     "measure_all",
+    "not_used",
 ]

@@ -141,14 +141,15 @@ def _peak(layers: Layers, copies: Callable[[Layer], int]) -> int:
         count = copies(layer)
         sizes = {i: meta[i].bytes if i in meta and count else 0 for i in layer.results}
         own = sum(sizes.values())
-        temporary = own * (count - 1)
+        most = own * count
         if isinstance(layer, Conv) and count > 1:
             p = layer.problem
-            made = 0 if p.pool is None else p.n * p.k * math.prod(p.conv_size) * p.dtype.itemsize
-            temporary = max(temporary, 2 * made, made + _reordered(layer, meta[layer.result]))
+            made = own if p.pool is None else p.n * p.k * math.prod(p.conv_size) * p.dtype.itemsize
+            pooling = 0 if p.pool is None else made + own
+            most = max(2 * made, made + _reordered(layer, meta[layer.result]), pooling)
         size.update(sizes)
+        peak = max(peak, live + most)
         live += own
-        peak = max(peak, live + temporary)
         for value in {*layer.reads, *layer.results}:
             if last.get(value, position) == position:
                 live -= size.pop(value, 0)

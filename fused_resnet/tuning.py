@@ -62,7 +62,7 @@ _CHUNK, _CHUNK_BYTES = 4, 32 * 2**20
 #: Rounds after which a kernel leaves whose fastest call took so many times as long as the best's.
 _EARLY_ROUNDS, _FAR_BEHIND = 4, 1.5
 #: Measuring goes on, for so many times as long, while the fastest kernel's spread is above this.
-_STEADY, _PERSISTENCE = 1.15, 4
+_STEADY, _PERSISTENCE = 1.15, 3
 #: Bytes that are written to sweep the caches.
 _SWEEP = 32 * 2**20
 
@@ -372,9 +372,9 @@ def _time(found: Sequence[_Candidate], task: Task, effort: Effort) -> None:
     start = time.monotonic()
     for round_ in range(10_000):
         if round_ >= effort.rounds:
-            share = (time.monotonic() - start) / (effort.seconds * len(running))
             steady = min(running, key=lambda c: c.seconds).spread <= _STEADY
-            if share >= (1 if steady else _PERSISTENCE):
+            budget = effort.seconds * len(running) * (1 if steady else _PERSISTENCE)
+            if time.monotonic() - start >= budget:
                 break
         for c in running[round_ % len(running) :] + running[: round_ % len(running)]:
             # Short calls are timed many at a time; not where each call needs caches swept.

@@ -165,6 +165,8 @@ def test_a_kernel_wrong_for_one_layers_weights_only_is_replaced_there(
     assert first.kernel == "library/fake"
     assert last.kernel != "library/fake"
     assert "2: library/fake is not used: its error is" in str(plan.explain())
+    (why,) = (rival.why for rival in last.rivals if rival.kernel == "library/fake")
+    assert why.startswith("its error is")
     assert_right(plan(X), model, X)
 
 
