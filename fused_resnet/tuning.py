@@ -150,7 +150,7 @@ class _Candidate:
     @property
     def spread(self) -> float:
         """Half of the calls took at least so many times as long as `seconds`."""
-        return statistics.median_high(self.samples) / self.seconds
+        return statistics.median_high(self.samples) / max(self.seconds, 1e-9)
 
 
 def lower_quartile(samples: Sequence[float]) -> float:
