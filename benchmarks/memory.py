@@ -46,7 +46,8 @@ def serve(kind: str, model: str, folder: Path) -> int:
             stock: nn.Module = torchvision.models.get_model(model)
         state = torch.load(folder / "stock.pt", weights_only=True)
         stock.load_state_dict(state, assign=True)
-        x = x.to(state["fc.weight"].dtype, memory_format=torch.channels_last)
+        dtype = next(t.dtype for t in state.values() if t.is_floating_point())
+        x = x.to(dtype, memory_format=torch.channels_last)
         run = stock.eval()
         del state
     else:
@@ -117,13 +118,18 @@ def rows(name: str, batch: int, dtype: torch.dtype, rounds: int, folder: Path) -
 def main() -> None:
     """Print the table, or for ``--serve`` the bytes of one contender."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--model", nargs="+", default=["resnet18", "resnet50"])
+    parser.add_argument(
+        "--model", nargs="+", default=["resnet18", "resnet50"], help="torchvision's names"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--serve", choices=["stock", *_COMPACT], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    for name in options.model:
+        if name not in torchvision.models.list_models(torchvision.models):
+            parser.error(f"torchvision.models has no {name!r}")
 
     if options.serve is not None:
         print(serve(options.serve, options.model[0], options.folder))

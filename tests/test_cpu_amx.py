@@ -160,8 +160,9 @@ def test_emulation_is_exact(geometry: dict[str, Any]) -> None:
 @tiles
 @pytest.mark.parametrize("geometry", ["1x1", "3x3", "groups", "stem_7x7"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=short)
-def test_nan_and_infinities_pass(tiles: str, geometry: str, value: float) -> None:
-    p = bf16(**GEOMETRIES[geometry])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_nan_and_infinities_pass(tiles: str, geometry: str, epilogue: str, value: float) -> None:
+    p = bf16(**{**GEOMETRIES[geometry], "epilogue": epilogue})
     args = draw(p)
     args.x[0, 1, p.h // 2, p.w // 2] = value
     wanted = reference(p, args)
