@@ -136,7 +136,7 @@ class Task:
         return max(flops / 16, self.problem.min_bytes)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Candidate:
     kernel: Kernel | Instead
     call: Callable[[], Any]
@@ -372,10 +372,17 @@ def _time(found: Sequence[_Candidate], task: Task, effort: Effort) -> None:
     start = time.monotonic()
     for round_ in range(10_000):
         if round_ >= effort.rounds:
-            steady = min(running, key=lambda c: c.seconds).spread <= _STEADY
-            budget = effort.seconds * len(running) * (1 if steady else _PERSISTENCE)
+            fastest = min(running, key=lambda c: c.seconds)
+            budget = effort.seconds * len(running)
+            if fastest.spread > _STEADY:
+                budget *= _PERSISTENCE
             if time.monotonic() - start >= budget:
-                break
+                # The machine was quicker while these were there: they are measured with the rest.
+                early = [c for c in found if c not in running and c.seconds < fastest.seconds]
+                if not early:
+                    break
+                running += early
+                start = time.monotonic()
         for c in running[round_ % len(running) :] + running[: round_ % len(running)]:
             # Short calls are timed many at a time; not where each call needs caches swept.
             calls = 1 if sweep is not None else max(1, math.ceil(2e-4 / max(c.samples[0], 1e-7)))

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(tuning, "_cpu_seconds", clock.seconds)
-    monkeypatch.setattr(tuning.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
@@ -66,6 +67,14 @@ def test_what_is_far_behind_leaves_early() -> None:
     assert len(slow.samples) == tuning._EARLY_ROUNDS
     assert slow.seconds == pytest.approx(1.6e-3)
     assert len(quick.samples) > 50
+
+
+@pytest.mark.usefixtures("clock")
+def test_what_left_early_does_not_win_because_the_machine_slowed_down_later() -> None:
+    early = tuning._EARLY_ROUNDS + 1
+    quick, slow = timed([1e-3] * early + [2e-3] * 1000, [1.6e-3] * early + [3.2e-3] * 1000)
+    assert quick.seconds == pytest.approx(2e-3)
+    assert slow.seconds == pytest.approx(3.2e-3)
 
 
 @pytest.mark.parametrize(("busy", "times"), [(1e-3, 1), (3e-3, tuning._PERSISTENCE)])
