@@ -1,6 +1,7 @@
 // The part of fused_resnet._C that offers native convolutions of the CPU, one by one and as
 // programs: it checks tensors, gives them memory and hands raw pointers to the kernels.
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -175,7 +176,8 @@ class CpuConv {
   }
 
   at::Tensor run(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale,
-                 const at::Tensor& shift, const std::optional<at::Tensor>& residual) const {
+                 const at::Tensor& shift, const std::optional<at::Tensor>& residual,
+                 const std::optional<at::Tensor>& out) const {
     const ConvProblem& p = problem_;
     check_supported();
     const at::ScalarType dtype = dtype_of(element_);
@@ -186,7 +188,12 @@ class CpuConv {
                       adds ? "needs a residual" : "reads no residual");
     if (adds) check_channels_last(*residual, dtype, sizes, "residual");
 
-    const at::Tensor y = at::empty(sizes, x.options(), kNhwc);
+    if (out.has_value()) {
+      check_channels_last(*out, dtype, sizes, "out");
+      TORCH_CHECK_VALUE(at::get_overlap_status(*out, x) == at::MemOverlapStatus::No,
+                        "out must share no memory with x");
+    }
+    const at::Tensor y = out.has_value() ? *out : at::empty(sizes, x.options(), kNhwc);
     if (p.n == 0) return y;
     const int threads = at::get_num_threads();
     const at::Tensor scratch = bytes(kernel_.scratch_bytes(p, element_, threads));
@@ -552,8 +559,9 @@ void bind_cpu(py::module_& m) {
   const auto pack = [](const CpuConv& conv, const at::Tensor& weight) { return conv.pack(weight); };
   const auto run = [](const CpuConv& conv, const at::Tensor& x, const at::Tensor& packed,
                       const at::Tensor& scale, const at::Tensor& shift,
-                      const std::optional<at::Tensor>& residual) {
-    return conv.run(x, packed, scale, shift, residual);
+                      const std::optional<at::Tensor>& residual,
+                      const std::optional<at::Tensor>& out) {
+    return conv.run(x, packed, scale, shift, residual, out);
   };
   py::class_<CpuConv>(m, "CpuConv",
                       "One native convolution for one problem: geometry is (n, c, h, w, k, r, s, "
@@ -568,8 +576,10 @@ void bind_cpu(py::module_& m) {
       .def("pack", torch::wrap_pybind_function_no_gil(pack), py::arg("weight"),
            "A weight [K, C / groups, R, S] as bytes in the kernel's own layout.")
       .def("run", torch::wrap_pybind_function_no_gil(run), py::arg("x"), py::arg("packed"),
-           py::arg("scale"), py::arg("shift"), py::arg("residual"),
-           "The convolution with its epilogue, on as many threads as torch uses.");
+           py::arg("scale"), py::arg("shift"), py::arg("residual"), py::arg("out") = py::none(),
+           "The convolution with its epilogue, on as many threads as torch uses; into `out` if "
+           "given, "
+           "which may be the residual.");
 
   const auto make_stem = [](const std::string& isa, const Geometry& geometry, const Window& window,
                             at::ScalarType dtype, const std::string& name) {

@@ -16,13 +16,14 @@ other it adds much: a kernel that two threads share takes many times as long whi
 not run. So the lower quartile of the calls counts, and while the fastest kernel's calls differ
 much, rounds go on. How much they differed in the end is kept: `Entry.spread`.
 
-On the CPU the caches are swept before each call of a layer whose weights are larger than its
-activations: in a network such weights come from memory, and kernels that need more bytes for them
-must pay for that here too.
+Native kernels write to memory that is there, as in a plan. On the CPU the caches are swept before
+each call of a layer whose weights are larger than its activations: in a network such weights come
+from memory, and kernels that need more bytes for them must pay for that here too.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -50,6 +51,7 @@ from fused_resnet.problem import (
     AddReluProblem,
     ChainProblem,
     Convolution,
+    ConvProblem,
     Problem,
     channels_last_format,
 )
@@ -174,8 +176,9 @@ def measure(task: Task, effort: Effort) -> Entry:
         if task.instead is not None:
             task.instead.call()
             found.append(_Candidate(task.instead, task.instead.call, largest(*allowed)))
+        out = _place(task)
         for kernel in contenders(task, effort):
-            outcome = _verified(kernel, task, exact, allowed)
+            outcome = _verified(kernel, task, exact, allowed, out)
             if isinstance(outcome, str):
                 rejected.append((kernel.full_name, outcome))
             else:
@@ -211,8 +214,25 @@ def is_current(entry: Entry, task: Task, effort: Effort) -> bool:
     return all(name in entry.considered for name in names)
 
 
-def call_of(kernel: Kernel, task: Task) -> Callable[[], Any]:
-    """A function of nothing that runs ``kernel`` on a task, its weights packed beforehand."""
+def _place(task: Task) -> Tensor | None:
+    """Memory for the results of kernels that take it; None if none does.
+
+    A plan's kernels write where others wrote before. Fresh memory comes in pages that the system
+    maps and clears one by one, which can take longer than a convolution of few channels.
+    """
+    p = task.problem
+    takers = (k for k in backends.KERNELS if k.op == task.op and k.takes_out)
+    if not isinstance(p, ConvProblem) or all(k.supports(p, task.device) for k in takers):
+        return None
+    format_ = torch.channels_last
+    return torch.empty(p.out_shape, dtype=p.dtype, device=task.device, memory_format=format_)
+
+
+def call_of(kernel: Kernel, task: Task, out: Tensor | None = None) -> Callable[[], Any]:
+    """A function of nothing that runs ``kernel`` on a task, its weights packed beforehand.
+
+    A kernel that takes memory for its result writes to ``out``, if there is one.
+    """
     problem, args = task.problem, task.args
     if isinstance(kernel, PackedChainKernel):
         assert isinstance(problem, ChainProblem)
@@ -234,6 +254,8 @@ def call_of(kernel: Kernel, task: Task) -> Callable[[], Any]:
         assert a is not None
         target = a.clone()
         return lambda: kernel.run(problem, target.copy_(a), b)
+    if kernel.takes_out and out is not None:
+        return functools.partial(kernel.run_into, problem, out, *args)
     return lambda: kernel.run(problem, *args)
 
 
@@ -321,16 +343,25 @@ def _images_at_once(problem: Problem) -> int:
 
 
 def _verified(
-    kernel: Kernel, task: Task, exact: Results, allowed: tuple[Error, ...]
+    kernel: Kernel,
+    task: Task,
+    exact: Results,
+    allowed: tuple[Error, ...],
+    out: Tensor | None = None,
 ) -> _Candidate | str:
-    """The kernel ready to be timed, or why it is out."""
+    """The kernel ready to be timed, or why it is out.
+
+    What it leaves in ``out`` is overwritten by the next one that writes there.
+    """
     reason = kernel.supports(task.problem, task.device)
     if reason is None:
         reason = backends.verdict(kernel, task.device, task.problem.dtype)
     if reason is not None:
         return reason
     try:
-        call = call_of(kernel, task)
+        call = call_of(kernel, task, out)
+        if out is not None:
+            out.fill_(math.nan)  # Nothing that another kernel left there may count as this one's.
         results = results_of(call())
         if [r.shape for r in results] != [e.shape for e in exact] or any(
             r.dtype != task.problem.dtype for r in results

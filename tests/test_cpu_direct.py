@@ -214,8 +214,21 @@ def test_nothing_beside_the_tensors_is_touched(isa: str) -> None:
     check_alone("tests.test_cpu_direct", isa)
 
 
+def test_the_result_goes_where_it_is_told() -> None:
+    p = conv_problem(epilogue="add_relu")
+    conv = native_conv("direct", LEVELS[0], p)
+    x, weight, scale, shift, residual = draw(p)
+    assert residual is not None
+    packed = conv.pack(weight)
+    wanted = conv.run(x, packed, scale, shift, residual)
+    for out in (torch.empty_like(wanted), residual):
+        result = conv.run(x, packed, scale, shift, residual, out)
+        assert result.data_ptr() == out.data_ptr()
+        assert torch.equal(out, wanted)
+
+
 def test_refuses_what_does_not_fit() -> None:
-    p = conv_problem(n=1)
+    p = conv_problem(n=1, c=8, k=8)
     conv = native_conv("direct", LEVELS[0], p)
     x, weight, scale, shift, _residual = draw(p)
     packed = conv.pack(weight)
@@ -226,6 +239,8 @@ def test_refuses_what_does_not_fit() -> None:
         ((x, packed, scale[1:], shift, None), ValueError, "expected scale"),
         ((x, packed, scale, shift.double(), None), TypeError, "float32 shift"),
         ((x, packed, scale, shift, x), ValueError, "reads no residual"),
+        ((x, packed, scale, shift, None, x[:, :4]), ValueError, "expected out"),
+        ((x, packed, scale, shift, None, x), ValueError, "no memory with x"),
     ):
         with pytest.raises(raised, match=message):
             conv.run(*args)

@@ -565,6 +565,29 @@ def test_measure_compares_whole_batches(fresh_registry: None) -> None:
     assert "its error is" in outcome
 
 
+@pytest.mark.skipif(extension is None, reason="no compiled extension")
+def test_a_place_for_results_proves_nothing(fresh_registry: None) -> None:
+    class Idle(Fake):
+        takes_out = True
+
+        def run_into(self, problem: ConvProblem, out: Tensor, *args: Any) -> Tensor:
+            return out
+
+    p = conv_problem()
+    kernel, native = Idle(stock), backends.named("conv_affine_act", "cpu/direct", p, CPU)
+    assert native is not None
+    backends._verdicts[kernel, CPU, p.dtype] = None
+    task = tuning.Task("conv_affine_act", p, CPU, tuple(draw(p)))
+    exact = tuning.reference(task)
+    place = tuning._place(task)
+    assert place is not None
+    arguments = (task, exact, tuning.error_of_stock(task, exact), place)
+    right = tuning._verified(native, *arguments)
+    assert not isinstance(right, str)
+    assert right.call() is place
+    assert isinstance(tuning._verified(kernel, *arguments), str)  # The right result was there.
+
+
 def test_every_variant_competes_in_max_mode(fresh_registry: None) -> None:
     class Tiled(Fake):
         def variants(self, problem: ConvProblem, device: torch.device) -> tuple[Kernel, ...]:

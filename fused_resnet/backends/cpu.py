@@ -139,6 +139,7 @@ class NativeConv(PackedKernel):
 
     backend, op = "cpu", "conv_affine_act"
     packs_vectors = False
+    takes_out = True
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -177,14 +178,28 @@ class NativeConv(PackedKernel):
         packed: Tensor = self.conv(problem).pack(weight.detach())
         return packed
 
+    def packing_expansion(self, problem: ConvProblem) -> int:
+        """Bytes that the packed weight takes beyond the weight's own."""
+        p = problem
+        weight = p.k * (p.c // p.groups) * p.r * p.s * p.dtype.itemsize
+        packed: int = self.conv(p).packed_bytes
+        return max(0, packed - weight)
+
     def run(self, problem: ConvProblem, *args: Any) -> Tensor:
         """See `Kernel`."""
+        return self._run(problem, None, *args)
+
+    def run_into(self, problem: ConvProblem, out: Tensor, *args: Any) -> Tensor:
+        """See `Kernel`; ``out`` is dense in channels_last order and may be the residual."""
+        return self._run(problem, out, *args)
+
+    def _run(self, problem: ConvProblem, out: Tensor | None, *args: Any) -> Tensor:
         x, weight, scale, shift, residual = args
         packed = self.packed(problem, weight, scale, shift)
         x = x.contiguous(memory_format=torch.channels_last)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
-        result: Tensor = self.conv(problem).run(x, packed, scale, shift, residual)
+        result: Tensor = self.conv(problem).run(x, packed, scale, shift, residual, out)
         return result
 
 
@@ -280,12 +295,7 @@ class WinogradConv(NativeConv):
 
     def expansion(self, problem: Any) -> int:
         """Transformed weights are (m + 2)^2 numbers in the place of 9."""
-        if self.name.endswith("_compact"):
-            return 0
-        p: ConvProblem = problem
-        weight = p.k * (p.c // p.groups) * p.r * p.s * p.dtype.itemsize
-        packed: int = self.conv(p).packed_bytes
-        return max(0, packed - weight)
+        return 0 if self.name.endswith("_compact") else self.packing_expansion(problem)
 
 
 class AmxConv(NativeConv):

@@ -50,6 +50,9 @@ class Kernel(ABC):
     #: error on the layer at hand and the user's tolerance admits it.
     exact: ClassVar[bool] = True
 
+    #: Whether there is ``run_into``.
+    takes_out: ClassVar[bool] = False
+
     @abstractmethod
     def supports(self, problem: Any, device: torch.device) -> str | None:
         """None if this kernel computes ``problem`` on ``device``, else why it does not."""
@@ -69,6 +72,10 @@ class Kernel(ABC):
     @abstractmethod
     def run(self, problem: Any, *args: Any) -> Any:
         """Compute the op; see the class for the arguments and the result."""
+
+    def run_into(self, problem: Any, out: Tensor, *args: Any) -> Any:
+        """As ``run``, but the result is written to ``out``, as plans have it in their arena."""
+        raise NotImplementedError(f"{self.full_name} makes its result itself")
 
     def expansion(self, problem: Any) -> int:
         """Bytes that a layer's packed weights take beyond the weight's own, but for padding."""
