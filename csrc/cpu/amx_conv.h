@@ -1,11 +1,12 @@
-// Direct convolution by products of tiles: bf16 factors, fp32 sums, the epilogue in fp32 and one
-// rounding.
+// Direct convolution by products of tiles: factors that are bf16, or fp32 numbers split into bf16
+// ones (amx_factors.h), fp32 sums, the epilogue in fp32 and one rounding.
 //
 // Schedule of a thread: for each block of output rows that it takes, copy the input into planes (or
 // read it in place, see amx_plan.h); for each of the panels of 32 output channels; for each pair of
 // tiles of 16 output pixels: all products of C * R * S, four tiles of sums staying in registers,
 // then the epilogue of 32 pixels by 32 channels. Four tile loads feed four products, which take 64
-// cycles; a block's activations and a panel's weights come from the L1 and L2 caches.
+// cycles, or 14 of them 24 products of split factors; a block's activations and a panel's weights
+// come from the L1 and L2 caches.
 //
 // Bytes at least: x, weights, residual once, y once. Operations: 2 N OH OW K C / groups R S, plus
 // what fills up tiles (pixels to the row's pitch, channels to 32).
@@ -16,20 +17,24 @@
 #include <cstdint>
 #include <string>
 
+#include "cpu/amx_factors.h"
 #include "cpu/amx_multiply.h"
 #include "cpu/amx_pack.h"
 #include "cpu/amx_plan.h"
 #include "cpu/amx_tile.h"
 #include "cpu/conv_kernel.h"
+#include "cpu/plain_sums.h"
 #include "epilogue.h"
 
 namespace fused_resnet::cpu {
 namespace {
 
 // One thread's part of a convolution.
-template <class Tiles, class Functor>
+template <class Tiles, class Factors, class Functor>
 class AmxRun {
  public:
+  using Value = typename Factors::Value;
+
   AmxRun(const AmxPlan& plan, const ConvArguments& arguments, std::byte* scratch, const Team& team)
       : plan_(plan), arguments_(arguments), tiles_(plan.tile_rows) {
     taps_ = reinterpret_cast<Tap*>(scratch);
@@ -39,7 +44,7 @@ class AmxRun {
       const bool folded = plan.weights.folded;
       taps_[tap] = {
           folded ? plan.tap_offset(tap, 0) : plan.tap_offset(tap / plan.p.s, tap % plan.p.s),
-          tap * WeightLayout::kTapBytes};
+          tap * plan.weights.tap_bytes};
     }
     streams_ = streams(team);
   }
@@ -69,7 +74,7 @@ class AmxRun {
   // Whether y passes the caches by: it will have left them before it is read, so fetching its lines
   // only to overwrite them is in vain. Lines of a residual that y replaces are there already.
   bool streams(const Team& team) const {
-    const int64_t pixel_bytes = int64_t{2} * plan_.p.k;
+    const int64_t pixel_bytes = int64_t{sizeof(Value)} * plan_.p.k;
     const bool aligned = reinterpret_cast<uintptr_t>(arguments_.y) % kCellBytes == 0 &&
                          pixel_bytes % kCellBytes == 0 && plan_.weights.k % kPanelChannels == 0;
     return aligned && arguments_.y != arguments_.residual &&
@@ -87,19 +92,20 @@ class AmxRun {
 
   // Panels [panel0, panel1) of a block.
   void compute_block(int block, int panel0, int panel1) {
-    const int image_blocks = static_cast<int>(ceil_div(plan_.out_h, plan_.block_rows));
+    const int image_blocks = static_cast<int>(ceil_div(plan_.p.out_h, plan_.block_rows));
     image0_ = block / image_blocks * plan_.block_images;
     row0_ = block % image_blocks * plan_.block_rows;
-    const int images = std::min(plan_.block_images, plan_.images - image0_);
-    rows_ = std::min(plan_.block_rows, plan_.out_h - row0_);
+    const int images = std::min(plan_.block_images, plan_.p.n - image0_);
+    rows_ = std::min(plan_.block_rows, plan_.p.out_h - row0_);
     line_tiles_ = static_cast<int>(ceil_div(plan_.line_length(rows_), plan_.tile_rows));
     const int panels = plan_.weights.panels;
     const int group0 = panel0 / panels, group1 = (panel1 - 1) / panels + 1;
     const bool packed =
         block == packed_block_ && group0 >= packed_group0_ && group1 <= packed_group1_;
     if (!plan_.direct && !packed) {
-      const auto* x = static_cast<const uint16_t*>(arguments_.x);
-      ActivationPacker<Tiles>(plan_, x, group0, group1)(planes_, image0_, images, row0_, rows_);
+      const auto* x = static_cast<const Value*>(arguments_.x);
+      const ActivationPacker<Tiles, Factors> pack(plan_, x, group0, group1);
+      pack(planes_, image0_, images, row0_, rows_);
       packed_block_ = block;
       packed_group0_ = group0;
       packed_group1_ = group1;
@@ -128,11 +134,12 @@ class AmxRun {
                       plan_.weights.chunks,
                       plan_.chunk_bytes,
                       plan_.weights.chunk_bytes(),
+                      plan_.part_bytes,
                       plan_.pixel_bytes};
-    sum_products(tiles_, steps, a, count, weight + panel * plan_.weights.panel_bytes(),
-                 channels.count, sums_);
+    sum_products<Factors>(tiles_, steps, a, count, weight + panel * plan_.weights.panel_bytes(),
+                          channels.count, sums_);
     for (int m = 0; m < count; ++m) {
-      finish_tile(channels, pair[m], sums_ + m * kMaxTileRows * kPanelChannels, k);
+      finish_tile(channels, panel, pair[m], sums_ + m * kMaxTileRows * kPanelChannels, k);
     }
   }
 
@@ -144,13 +151,13 @@ class AmxRun {
     if (!plan_.direct) {
       const std::byte* a = planes_ + line * plan_.image_bytes +
                            group * plan_.weights.chunks * plan_.chunk_bytes + q * kCellBytes;
-      const int64_t image = (int64_t{image0_ + line} * plan_.out_h + row0_) * plan_.out_w;
+      const int64_t image = (int64_t{image0_ + line} * plan_.p.out_h + row0_) * plan_.p.out_w;
       return {a, image, q, 0, left};
     }
     // The last tile of all begins earlier instead of reading beyond x; what another one computes as
     // well isn't stored twice, since y may be the residual.
     const int64_t pixel = row0_ + q;
-    const int64_t begin = std::min<int64_t>(pixel, plan_.out_h - plan_.tile_rows);
+    const int64_t begin = std::min<int64_t>(pixel, plan_.p.out_h - plan_.tile_rows);
     const auto first = static_cast<int>(pixel - begin);
     const auto* x = static_cast<const std::byte*>(arguments_.x);
     const std::byte* a = x + begin * plan_.pixel_bytes + int64_t{2} * group * plan_.weights.c;
@@ -161,10 +168,10 @@ class AmxRun {
   // beginning at `pixel`; rows beyond the end of an image's row are skipped.
   template <class Body>
   void for_each_run(const Tile& tile, Body body) const {
-    if (plan_.pitch == plan_.out_w) {
+    if (plan_.pitch == plan_.p.out_w) {
       return body(tile.first, tile.last, tile.image + tile.q);
     }
-    const int pitch = plan_.pitch, out_w = plan_.out_w;
+    const int pitch = plan_.pitch, out_w = plan_.p.out_w;
     int64_t row = tile.q / pitch;
     int column = static_cast<int>(tile.q % pitch);
     for (int i = 0; i < tile.last; ++row, column = 0) {
@@ -177,14 +184,19 @@ class AmxRun {
   }
 
   // The epilogue of one tile.
-  void finish_tile(const typename Tiles::Channels& channels, const Tile& tile, const float* sums,
-                   int k) const {
-    const auto* residual = static_cast<const uint16_t*>(arguments_.residual);
-    auto* y = static_cast<uint16_t*>(arguments_.y);
+  void finish_tile(const typename Tiles::Channels& channels, int panel, const Tile& tile,
+                   float* sums, int k) const {
+    const auto* residual = static_cast<const Value*>(arguments_.residual);
+    auto* y = static_cast<Value*>(arguments_.y);
     for_each_run(tile, [&](int begin, int end, int64_t pixel) {
+      if constexpr (Factors::kParts > 1) {
+        const PlainSums plain(plan_.p, plan_.weights, arguments_);
+        mend<Tiles>(plain, sums + begin * kPanelChannels, end - begin, panel, channels.count, pixel,
+                    1);
+      }
       int64_t at = pixel * plan_.p.k + k;
       for (int i = begin; i < end; ++i, at += plan_.p.k) {
-        const uint16_t* r = Functor::kReadsResidual ? residual + at : nullptr;
+        const Value* r = Functor::kReadsResidual ? residual + at : nullptr;
         Tiles::template finish_row<Functor>(channels, sums + i * kPanelChannels, r, y + at);
       }
     });
@@ -202,14 +214,14 @@ class AmxRun {
   bool streams_;
 };
 
-// The kernel over one kind of tiles.
-template <class Tiles>
+// The kernel over one kind of tiles and factors.
+template <class Tiles, class Factors>
 class AmxConv : public ConvKernel {
  public:
-  std::string name() const override { return Tiles::kName; }
+  std::string name() const override { return std::string(Tiles::kName) + Factors::kSuffix; }
 
   std::string why_not(const ConvProblem& problem, Element element) const override {
-    if (element != Element::kBFloat16) return "tiles multiply bf16, not fp32";
+    if (element != Factors::kElement) return Factors::kWhyNot;
     if (problem.stride_h > kMaxStride || problem.stride_w > kMaxStride) {
       return "strides above " + std::to_string(kMaxStride) + " would copy pixels nobody reads";
     }
@@ -217,36 +229,36 @@ class AmxConv : public ConvKernel {
   }
 
   size_t packed_bytes(const ConvProblem& problem, Element) const override {
-    return static_cast<size_t>(WeightLayout(problem).bytes());
+    return static_cast<size_t>(WeightLayout(problem, Factors::kParts).bytes());
   }
 
   void pack(const ConvProblem& problem, Element, const void* weight, void* packed) const override {
-    const auto* w = static_cast<const uint16_t*>(weight);
+    const auto* w = static_cast<const typename Factors::Value*>(weight);
     const int64_t c = problem.c / problem.groups, taps = int64_t{problem.r} * problem.s;
-    pack_weights(
+    pack_weights<Factors>(
         problem, static_cast<uint16_t*>(packed),
         [=](int64_t k, int64_t channel, int64_t tap) { return w[(k * c + channel) * taps + tap]; });
   }
 
   size_t scratch_bytes(const ConvProblem& problem, Element, int threads) const override {
     if (problem.n == 0) return 0;
-    const AmxPlan plan(problem, threads);
+    const AmxPlan plan(problem, threads, Factors::kParts);
     return static_cast<size_t>(threads * Run<Epilogue::kNone>::scratch_bytes(plan));
   }
 
   void run(const ConvProblem& problem, Element, const ConvArguments& arguments,
            const Team& team) const override {
     if (problem.n == 0) return;
-    const AmxPlan plan(problem, team.size);
+    const AmxPlan plan(problem, team.size, Factors::kParts);
     std::byte* scratch = arguments.scratch + team.rank * Run<Epilogue::kNone>::scratch_bytes(plan);
     dispatch_epilogue(problem.epilogue, [&](auto functor) {
-      AmxRun<Tiles, decltype(functor)>(plan, arguments, scratch, team)(team);
+      AmxRun<Tiles, Factors, decltype(functor)>(plan, arguments, scratch, team)(team);
     });
   }
 
  private:
   template <Epilogue kEpilogue>
-  using Run = AmxRun<Tiles, EpilogueFunctor<kEpilogue>>;
+  using Run = AmxRun<Tiles, Factors, EpilogueFunctor<kEpilogue>>;
 
   static constexpr int kMaxStride = 8;
 };

@@ -1,10 +1,10 @@
 // Direct convolution of many small images by products of tiles, 16 images each (amx_images_plan.h):
-// bf16 factors, fp32 sums, the epilogue in fp32 and one rounding.
+// factors that are bf16 or split into bf16, fp32 sums, the epilogue in fp32 and one rounding.
 //
 // Schedule of a thread: for each block of output rows of 16 images that it takes, copy the input to
-// [chunk][row][column][image] cells; for each panel of 32 output channels; for each pair of output
-// pixels that have the same taps outside the padding: all products of these taps, four tiles of
-// sums staying in registers, then the epilogue of 2 x 16 pixels by 32 channels.
+// [chunk][part][row][column][image] cells; for each panel of 32 output channels; for each pair of
+// output pixels that have the same taps outside the padding: all products of these taps, four tiles
+// of sums staying in registers, then the epilogue of 2 x 16 pixels by 32 channels.
 //
 // Bytes at least: x, weights, residual once, y once.
 #pragma once
@@ -24,9 +24,11 @@ namespace fused_resnet::cpu {
 namespace {
 
 // One thread's part of a convolution.
-template <class Tiles, class Functor>
+template <class Tiles, class Factors, class Functor>
 class AmxImagesRun {
  public:
+  using Value = typename Factors::Value;
+
   AmxImagesRun(const AmxImagesPlan& plan, const ConvArguments& arguments, std::byte* scratch)
       : plan_(plan),
         arguments_(arguments),
@@ -89,9 +91,9 @@ class AmxImagesRun {
     packed_block_ = block;
     packed_ = groups;
     const ConvProblem& p = plan_.p;
-    const auto* x = static_cast<const uint16_t*>(arguments_.x);
+    const auto* x = static_cast<const Value*>(arguments_.x);
     for (int image = 0; image < images_; ++image) {
-      const uint16_t* from = x + (int64_t{image0_ + image} * p.h + inputs_.begin) * p.w * p.c;
+      const Value* from = x + (int64_t{image0_ + image} * p.h + inputs_.begin) * p.w * p.c;
       std::byte* to = cells_ + image * kCellBytes;
       for (int64_t pixel = 0; pixel < int64_t{inputs_.size()} * p.w; ++pixel) {
         for (int group = groups.begin; group < groups.end; ++group) {
@@ -105,9 +107,9 @@ class AmxImagesRun {
   }
 
   // The channels of a group, to the cells of their chunks.
-  void copy_pixel(std::byte* to, const uint16_t* from) const {
+  void copy_pixel(std::byte* to, const Value* from) const {
     for (int left = plan_.weights.c; left > 0; left -= kCellElements) {
-      Tiles::copy_cell(to, from, std::min(left, kCellElements));
+      fill_cell<Tiles, Factors>(to, plan_.part_bytes, from, std::min(left, kCellElements));
       to += plan_.chunk_bytes;
       from += kCellElements;
     }
@@ -123,11 +125,16 @@ class AmxImagesRun {
       for (int j = s.begin; j < s.end; ++j) {
         taps_[count++] = {
             (int64_t{i} * p.dilation_h * p.w + int64_t{j} * p.dilation_w) * plan_.pixel_bytes,
-            (int64_t{i} * p.s + j) * WeightLayout::kTapBytes};
+            (int64_t{i} * p.s + j) * plan_.weights.tap_bytes};
       }
     }
     const WeightLayout& weights = plan_.weights;
-    const Steps steps{taps_,     count, weights.chunks, plan_.chunk_bytes, weights.chunk_bytes(),
+    const Steps steps{taps_,
+                      count,
+                      weights.chunks,
+                      plan_.chunk_bytes,
+                      weights.chunk_bytes(),
+                      plan_.part_bytes,
                       kCellBytes};
     const std::byte* cells = cells_ + panel / weights.panels * weights.chunks * plan_.chunk_bytes;
     const auto* weight =
@@ -136,30 +143,36 @@ class AmxImagesRun {
     for (int pixel = 0; pixel < pixels; pixel += 2) {
       const int pair = std::min(pixels - pixel, 2);
       const std::byte* a[2] = {};
-      int64_t at[2] = {};
+      int64_t at[2] = {};  // output pixel of an image
       for (int m = 0; m < pair; ++m) {
         const int oh = rows.begin + (pixel + m) / columns.size();
         const int ow = columns.begin + (pixel + m) % columns.size();
         const int64_t h = int64_t{oh} * p.stride_h - p.padding_h - inputs_.begin;
         const int64_t w = int64_t{ow} * p.stride_w - p.padding_w;
         a[m] = cells + (h * p.w + w) * plan_.pixel_bytes;
-        at[m] = (int64_t{oh} * p.out_w + ow) * p.k + k;
+        at[m] = int64_t{oh} * p.out_w + ow;
       }
-      sum_products(tiles_, steps, a, pair, weight, channels.count, sums_);
+      sum_products<Factors>(tiles_, steps, a, pair, weight, channels.count, sums_);
       for (int m = 0; m < pair; ++m) {
-        finish_tile(channels, sums_ + m * kMaxTileRows * kPanelChannels, at[m]);
+        finish_tile(channels, panel, sums_ + m * kMaxTileRows * kPanelChannels, at[m], k);
       }
     }
   }
 
-  // The epilogue of one tile: element `at` of every image.
-  void finish_tile(const typename Tiles::Channels& channels, const float* sums, int64_t at) const {
-    const auto* residual = static_cast<const uint16_t*>(arguments_.residual);
-    auto* y = static_cast<uint16_t*>(arguments_.y);
-    const int64_t image = int64_t{plan_.p.out_h} * plan_.p.out_w * plan_.p.k;
-    at += image0_ * image;
-    for (int i = 0; i < images_; ++i, at += image) {
-      const uint16_t* r = Functor::kReadsResidual ? residual + at : nullptr;
+  // The epilogue of one tile: output pixel `pixel` of every image.
+  void finish_tile(const typename Tiles::Channels& channels, int panel, float* sums, int64_t pixel,
+                   int k) const {
+    const auto* residual = static_cast<const Value*>(arguments_.residual);
+    auto* y = static_cast<Value*>(arguments_.y);
+    const int64_t image = int64_t{plan_.p.out_h} * plan_.p.out_w;
+    pixel += image0_ * image;
+    if constexpr (Factors::kParts > 1) {
+      const PlainSums plain(plan_.p, plan_.weights, arguments_);
+      mend<Tiles>(plain, sums, images_, panel, channels.count, pixel, image);
+    }
+    int64_t at = pixel * plan_.p.k + k;
+    for (int i = 0; i < images_; ++i, at += image * plan_.p.k) {
+      const Value* r = Functor::kReadsResidual ? residual + at : nullptr;
       Tiles::template finish_row<Functor>(channels, sums + i * kPanelChannels, r, y + at);
     }
   }
@@ -176,18 +189,21 @@ class AmxImagesRun {
   int image0_ = 0, images_ = 0;
 };
 
-// The kernel over one kind of tiles: as AmxConv, with the same packed weights, for batches that do
-// not fill tiles of images.
-template <class Tiles>
-class AmxImages : public AmxConv<Tiles> {
+// The kernel over one kind of tiles and factors: as AmxConv, with the same packed weights, for
+// batches that do not fill tiles of images.
+template <class Tiles, class Factors>
+class AmxImages : public AmxConv<Tiles, Factors> {
  public:
-  std::string name() const override { return std::string(Tiles::kName) + "_images"; }
+  using Conv = AmxConv<Tiles, Factors>;
+
+  std::string name() const override { return Conv::name() + "_images"; }
 
   std::string why_not(const ConvProblem& problem, Element element) const override {
-    const std::string why = AmxConv<Tiles>::why_not(problem, element);
+    const std::string why = Conv::why_not(problem, element);
     if (!why.empty()) return why;
     if (problem.r * problem.s == 1) return "a 1x1 window has no taps in the padding to leave out";
-    if (WeightLayout(problem).folded) return "the pixels of a window's row share cells";
+    if (WeightLayout(problem, Factors::kParts).folded)
+      return "the pixels of a window's row share cells";
     if (!AmxImagesPlan::fills_tiles(problem.n)) {
       return "tiles hold 16 images each, which a batch of " + std::to_string(problem.n) +
              " does not fill";
@@ -197,28 +213,28 @@ class AmxImages : public AmxConv<Tiles> {
   }
 
   size_t scratch_bytes(const ConvProblem& problem, Element element, int threads) const override {
-    if (!fits(problem)) return AmxConv<Tiles>::scratch_bytes(problem, element, threads);
-    const AmxImagesPlan plan(problem, threads);
+    if (!fits(problem)) return Conv::scratch_bytes(problem, element, threads);
+    const AmxImagesPlan plan(problem, threads, Factors::kParts);
     return static_cast<size_t>(threads * Run<Epilogue::kNone>::scratch_bytes(plan));
   }
 
   void run(const ConvProblem& problem, Element element, const ConvArguments& arguments,
            const Team& team) const override {
-    if (!fits(problem)) return AmxConv<Tiles>::run(problem, element, arguments, team);
-    const AmxImagesPlan plan(problem, team.size);
+    if (!fits(problem)) return Conv::run(problem, element, arguments, team);
+    const AmxImagesPlan plan(problem, team.size, Factors::kParts);
     std::byte* scratch = arguments.scratch + team.rank * Run<Epilogue::kNone>::scratch_bytes(plan);
     dispatch_epilogue(problem.epilogue, [&](auto functor) {
-      AmxImagesRun<Tiles, decltype(functor)>(plan, arguments, scratch)(team);
+      AmxImagesRun<Tiles, Factors, decltype(functor)>(plan, arguments, scratch)(team);
     });
   }
 
  private:
   template <Epilogue kEpilogue>
-  using Run = AmxImagesRun<Tiles, EpilogueFunctor<kEpilogue>>;
+  using Run = AmxImagesRun<Tiles, Factors, EpilogueFunctor<kEpilogue>>;
 
   static bool fits(const ConvProblem& p) {
-    return AmxImagesPlan::fills_tiles(p.n) && !WeightLayout(p).folded &&
-           AmxImagesPlan(p, 1).fits_cache();
+    return AmxImagesPlan::fills_tiles(p.n) && !WeightLayout(p, Factors::kParts).folded &&
+           AmxImagesPlan(p, 1, Factors::kParts).fits_cache();
   }
 };
 

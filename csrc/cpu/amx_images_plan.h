@@ -54,15 +54,16 @@ struct Axis {
 };
 
 struct AmxImagesPlan {
-  AmxImagesPlan(const ConvProblem& problem, int threads)
+  AmxImagesPlan(const ConvProblem& problem, int threads, int parts)
       : p(problem),
-        weights(problem),
+        weights(problem, parts),
+        parts(parts),
         rows{p.h, p.out_h, p.r, p.stride_h, p.padding_h, p.dilation_h},
         columns{p.w, p.out_w, p.s, p.stride_w, p.padding_w, p.dilation_w} {
     image_tiles = static_cast<int>(ceil_div(p.n, kMaxTileRows));
     tile_images = static_cast<int>(ceil_div(p.n, image_tiles));
     pixel_bytes = int64_t{tile_images} * kCellBytes;
-    const int64_t row_bytes = int64_t{p.w} * pixel_bytes * weights.groups * weights.chunks;
+    const int64_t row_bytes = int64_t{p.w} * pixel_bytes * parts * weights.groups * weights.chunks;
     // As many rows as half of the L2 cache holds with those that windows add.
     const int64_t fitting = kCacheBytes / row_bytes - int64_t{p.r - 1} * p.dilation_h;
     const int64_t most = std::clamp<int64_t>(fitting / p.stride_h, 1, p.out_h);
@@ -74,8 +75,9 @@ struct AmxImagesPlan {
       const Interval out = outputs(block);
       most_rows = std::max(most_rows, rows.inputs(out.begin, out.end).size());
     }
-    // An odd number of lines apart, chunks don't compete for the same sets of the caches.
-    chunk_bytes = (int64_t{most_rows} * p.w * tile_images | 1) * kCellBytes;
+    // An odd number of lines apart, parts don't compete for the same sets of the caches.
+    part_bytes = (int64_t{most_rows} * p.w * tile_images | 1) * kCellBytes;
+    chunk_bytes = parts * part_bytes;
     if (threads > 1) {
       const int64_t parts = ceil_div(int64_t{Team::kUnitsOfThread} * threads, blocks());
       panel_parts = static_cast<int>(std::min<int64_t>(parts, weights.all_panels()));
@@ -103,12 +105,13 @@ struct AmxImagesPlan {
 
   ConvProblem p;
   WeightLayout weights;
+  int parts;
   Axis rows, columns;
   int image_tiles, tile_images;  // tiles of images, and images of a tile
   int row_blocks, block_rows;    // of output rows
   int most_rows;                 // of the input, that a block reads
   int panel_parts = 1;           // a thread takes a part of a block's panels at a time
-  int64_t pixel_bytes, chunk_bytes;
+  int64_t pixel_bytes, part_bytes, chunk_bytes;
 };
 
 }  // namespace

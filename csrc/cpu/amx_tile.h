@@ -11,8 +11,11 @@
 //                            with c fp32 [t][16], a bf16 [t][32], b bf16 [16][32]
 //   kName                    "amx", "amx_emulated"
 //   copy_cell(to, from, n)   n <= 32 bf16 numbers and zeros up to 32
+//   split_cell(to, bytes, from, n)   n <= 32 fp32 numbers, each split into three bf16 ones (see
+//                            amx_factors.h): one cell for each part, `bytes` apart
 //   prefetch_to_l2(p), fence()
 //   Channels, finish_row     the epilogue of up to 32 neighbouring channels of one pixel
+//   finite(sums, rows, n)    whether the first n <= 32 of each row of 32 sums are finite
 //
 // As the instructions do, both take subnormal factors and sums for zeros, and NaN and infinities
 // for what they are; so does the conversion to bf16 at the end. oneDNN, which torch calls, uses the
@@ -23,9 +26,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/amx_factors.h"
 #include "cpu/vec_generic.h"
 
 #if defined(__AVX512BF16__)
@@ -84,6 +89,19 @@ class AmxTiles {
     _mm512_store_si512(to, _mm512_maskz_loadu_epi16(mask, from));
   }
 
+  static void split_cell(std::byte* to, int64_t part_bytes, const float* from, int count) {
+    const auto mask = static_cast<uint32_t>((uint64_t{1} << count) - 1);
+    __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
+    __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + 16);
+    for (int part = 0; part < 2; ++part, to += part_bytes) {
+      const __m512 low_part = rounded(low), high_part = rounded(high);
+      store_high_halves(to, low_part, high_part);
+      low = _mm512_sub_ps(low, low_part);
+      high = _mm512_sub_ps(high, high_part);
+    }
+    store_high_halves(to, low, high);
+  }
+
   static void prefetch_to_l2(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
   }
@@ -115,8 +133,9 @@ class AmxTiles {
     if (channels.count == kPanelChannels) {
       __m512i r = _mm512_setzero_si512();
       if constexpr (Functor::kReadsResidual) r = _mm512_loadu_si512(residual);
-      const __m512 low = finish<Functor>(channels, 0, sums, _mm512_castsi512_si256(r));
-      const __m512 high = finish<Functor>(channels, 1, sums, _mm512_extracti64x4_epi64(r, 1));
+      const __m512 low = finish<Functor>(channels, 0, sums, widen(_mm512_castsi512_si256(r)));
+      const __m512 high =
+          finish<Functor>(channels, 1, sums, widen(_mm512_extracti64x4_epi64(r, 1)));
       const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
       channels.streams ? _mm512_stream_si512(reinterpret_cast<__m512i*>(y), both)
                        : _mm512_storeu_si512(y, both);
@@ -127,10 +146,34 @@ class AmxTiles {
       if constexpr (Functor::kReadsResidual) {
         r = _mm256_maskz_loadu_epi16(channels.mask[i], residual + 16 * i);
       }
-      const __m512 z = finish<Functor>(channels, i, sums, r);
+      const __m512 z = finish<Functor>(channels, i, sums, widen(r));
       _mm256_mask_storeu_epi16(y + 16 * i, channels.mask[i],
                                reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(z)));
     }
+  }
+
+  template <class Functor>
+  static void finish_row(const Channels& channels, const float* sums, const float* residual,
+                         float* y) {
+    for (int i = 0; i < 2 && 16 * i < channels.count; ++i) {
+      __m512 r = _mm512_setzero_ps();
+      if constexpr (Functor::kReadsResidual) {
+        r = _mm512_maskz_loadu_ps(channels.mask[i], residual + 16 * i);
+      }
+      const __m512 z = finish<Functor>(channels, i, sums, r);
+      channels.streams ? _mm512_stream_ps(y + 16 * i, z)
+                       : _mm512_mask_storeu_ps(y + 16 * i, channels.mask[i], z);
+    }
+  }
+
+  static bool finite(const float* sums, int rows, int count) {
+    const __m512 zero = _mm512_setzero_ps();
+    __m512 nan = zero;  // once a product of zero and what is not finite was added
+    for (int row = 0; row < rows; ++row, sums += kPanelChannels) {
+      nan = _mm512_fmadd_ps(_mm512_load_ps(sums), zero, nan);
+      if (count > 16) nan = _mm512_fmadd_ps(_mm512_load_ps(sums + 16), zero, nan);
+    }
+    return _mm512_cmp_ps_mask(nan, nan, _CMP_UNORD_Q) == 0;
   }
 
  private:
@@ -144,16 +187,31 @@ class AmxTiles {
   };
   static_assert(sizeof(Config) == 64);
 
+  // As SplitFactors::rounded.
+  static __m512 rounded(__m512 values) {
+    const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(values), _mm512_set1_epi32(0x8000));
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+
+  // Pairs of a number of `low` and one of `high`, cut to bf16.
+  static void store_high_halves(std::byte* to, __m512 low, __m512 high) {
+    const __m512i first = _mm512_srli_epi32(_mm512_castps_si512(low), 16);
+    constexpr __mmask32 kOdd = 0xaaaaaaaa;
+    _mm512_store_si512(to, _mm512_mask_mov_epi16(first, kOdd, _mm512_castps_si512(high)));
+  }
+
+  static __m512 widen(__m256i bf16) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+  }
+
   // 16 channels; max(0, z) returns its second operand when that is a NaN.
   template <class Functor>
-  static __m512 finish(const Channels& channels, int i, const float* sums, __m256i residual) {
+  static __m512 finish(const Channels& channels, int i, const float* sums, __m512 residual) {
     const __m512 zero = _mm512_setzero_ps();
     __m512 z = _mm512_fmadd_ps(_mm512_load_ps(sums + 16 * i), channels.scale[i], channels.shift[i]);
     if constexpr (Functor::kReluFirst) z = _mm512_max_ps(zero, z);
-    if constexpr (Functor::kReadsResidual) {
-      const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(residual), 16);
-      z = _mm512_add_ps(z, _mm512_castsi512_ps(wide));
-    }
+    if constexpr (Functor::kReadsResidual) z = _mm512_add_ps(z, residual);
     if constexpr (Functor::kReluLast) z = _mm512_max_ps(zero, z);
     return z;
   }
@@ -208,6 +266,16 @@ class EmulatedTiles {
     std::memcpy(to, from, static_cast<size_t>(count) * 2);
   }
 
+  static void split_cell(std::byte* to, int64_t part_bytes, const float* from, int count) {
+    for (int i = 0; i < kCellElements; ++i) {
+      const int factor = SplitFactors::factor(i / 2, i % 2);
+      const auto parts = SplitFactors::parts(factor < count ? from[factor] : 0.0f);
+      for (int part = 0; part < SplitFactors::kParts; ++part) {
+        std::memcpy(to + part * part_bytes + 2 * i, &parts[part], 2);
+      }
+    }
+  }
+
   static void prefetch_to_l2(const void*) {}
   static void fence() {}
 
@@ -228,6 +296,25 @@ class EmulatedTiles {
       const float z = Functor::apply(sums[i], channels.scale[i], channels.shift[i], r);
       y[i] = generic::float_to_bfloat16(flush(z));
     }
+  }
+
+  template <class Functor>
+  static void finish_row(const Channels& channels, const float* sums, const float* residual,
+                         float* y) {
+    for (int i = 0; i < channels.count; ++i) {
+      float r = 0.0f;
+      if constexpr (Functor::kReadsResidual) r = residual[i];
+      y[i] = Functor::apply(sums[i], channels.scale[i], channels.shift[i], r);
+    }
+  }
+
+  static bool finite(const float* sums, int rows, int count) {
+    for (int row = 0; row < rows; ++row, sums += kPanelChannels) {
+      if (!std::all_of(sums, sums + count, [](float sum) { return std::isfinite(sum); })) {
+        return false;
+      }
+    }
+    return true;
   }
 
  private:

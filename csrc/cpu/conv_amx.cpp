@@ -4,14 +4,12 @@
 
 namespace fused_resnet::cpu {
 
-const ConvKernel& amx_conv() {
-  static const AmxConv<AmxTiles> kernel;
-  return kernel;
-}
-
-const ConvKernel& amx_images() {
-  static const AmxImages<AmxTiles> kernel;
-  return kernel;
+AmxKernels amx_kernels() {
+  static const AmxConv<AmxTiles, BFloat16Factors> conv;
+  static const AmxImages<AmxTiles, BFloat16Factors> images;
+  static const AmxConv<AmxTiles, SplitFactors> split_conv;
+  static const AmxImages<AmxTiles, SplitFactors> split_images;
+  return {&conv, &images, &split_conv, &split_images};
 }
 
 }  // namespace fused_resnet::cpu

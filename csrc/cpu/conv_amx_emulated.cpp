@@ -4,10 +4,12 @@
 
 namespace fused_resnet::cpu {
 
-std::array<const ConvKernel*, 2> emulated_kernels() {
-  static const AmxConv<EmulatedTiles> conv;
-  static const AmxImages<EmulatedTiles> images;
-  return {&conv, &images};
+AmxKernels emulated_kernels() {
+  static const AmxConv<EmulatedTiles, BFloat16Factors> conv;
+  static const AmxImages<EmulatedTiles, BFloat16Factors> images;
+  static const AmxConv<EmulatedTiles, SplitFactors> split_conv;
+  static const AmxImages<EmulatedTiles, SplitFactors> split_images;
+  return {&conv, &images, &split_conv, &split_images};
 }
 
 }  // namespace fused_resnet::cpu

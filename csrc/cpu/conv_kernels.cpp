@@ -17,7 +17,8 @@ Kernels with_winograd(Isa isa, Kernels kernels) {
 
 #if defined(FUSED_RESNET_X86)
 Kernels with_amx(Kernels kernels) {
-  if (amx_usable()) kernels.insert(kernels.end(), {&amx_conv(), &amx_images()});
+  if (!amx_usable()) return kernels;
+  for (const ConvKernel* kernel : amx_kernels()) kernels.push_back(kernel);
   return kernels;
 }
 #endif

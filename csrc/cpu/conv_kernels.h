@@ -12,12 +12,13 @@ const ConvKernel& direct_generic();
 const ConvKernel& direct_avx2();
 const ConvKernel& direct_avx512();
 
-// Products of tiles, see amx_conv.h and amx_images.h. Only where amx_usable().
-const ConvKernel& amx_conv();
-const ConvKernel& amx_images();
+// Products of tiles, see amx_conv.h and amx_images.h: of bf16 numbers, and of fp32 ones split into
+// bf16. Only where amx_usable().
+using AmxKernels = std::array<const ConvKernel*, 4>;
+AmxKernels amx_kernels();
 
-// The same two sources over emulated tiles: they run everywhere, slowly. For tests alone:
+// The same sources over emulated tiles: they run everywhere, slowly. For tests alone:
 // conv_kernels() does not list them.
-std::array<const ConvKernel*, 2> emulated_kernels();
+AmxKernels emulated_kernels();
 
 }  // namespace fused_resnet::cpu

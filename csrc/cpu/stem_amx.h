@@ -53,11 +53,12 @@ class AmxRows {
   using Element = uint16_t;
 
   static size_t packed_bytes(const ConvProblem& p) {
-    return static_cast<size_t>(WeightLayout(stem_rows(p)).bytes());
+    return static_cast<size_t>(WeightLayout(stem_rows(p), BFloat16Factors::kParts).bytes());
   }
 
   static void pack(const ConvProblem& p, const void* weight, void* packed) {
-    pack_weights(stem_rows(p), static_cast<uint16_t*>(packed), stem_weights<uint16_t>(p, weight));
+    pack_weights<BFloat16Factors>(stem_rows(p), static_cast<uint16_t*>(packed),
+                                  stem_weights<uint16_t>(p, weight));
   }
 
   static int64_t scratch_bytes(const ConvProblem& p) { return AmxRowsScratch(p).bytes; }
@@ -65,7 +66,7 @@ class AmxRows {
   AmxRows(const ConvProblem& problem, const StemArguments& arguments, std::byte* scratch)
       : p_(problem),
         a_(arguments),
-        weights_(stem_rows(problem)),
+        weights_(stem_rows(problem), BFloat16Factors::kParts),
         parts_(problem),
         ring_(scratch),
         sums_(reinterpret_cast<float*>(scratch + parts_.sums)),
@@ -75,7 +76,7 @@ class AmxRows {
     for (int first = 0; first < p_.r; ++first) {
       for (int tap = 0; tap < p_.r; ++tap) {
         taps_[first * p_.r + tap] = {(first + tap) % p_.r * parts_.row_bytes,
-                                     tap * WeightLayout::kTapBytes};
+                                     tap * weights_.tap_bytes};
       }
     }
   }
@@ -95,8 +96,13 @@ class AmxRows {
   }
 
   void convolve(int64_t first, uint16_t* y) {
-    const Steps steps{taps_ + first * p_.r, weights_.taps,          weights_.chunks,
-                      parts_.chunk_bytes,   weights_.chunk_bytes(), kCellBytes};
+    const Steps steps{taps_ + first * p_.r,
+                      weights_.taps,
+                      weights_.chunks,
+                      parts_.chunk_bytes,
+                      weights_.chunk_bytes(),
+                      0,
+                      kCellBytes};
     const int64_t tile_bytes = parts_.tile_rows * kCellBytes;
     for (int64_t tile = 0; tile < parts_.tiles; tile += 2) {
       const auto count = static_cast<int>(min(parts_.tiles - tile, 2));
@@ -106,8 +112,9 @@ class AmxRows {
         const typename Tiles::Channels channels(
             a_.scale + k, a_.shift + k, static_cast<int>(min(p_.k - k, kPanelChannels)), false);
         const auto* weight = static_cast<const std::byte*>(a_.weight);
-        sum_products(tiles_, steps, a, count, weight + panel * weights_.panel_bytes(),
-                     channels.count, sums_);
+        sum_products<BFloat16Factors>(tiles_, steps, a, count,
+                                      weight + panel * weights_.panel_bytes(), channels.count,
+                                      sums_);
         for (int m = 0; m < count; ++m) {
           finish_tile(channels, tile + m, sums_ + m * kMaxTileRows * kPanelChannels, y + k);
         }
