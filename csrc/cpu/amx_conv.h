@@ -128,7 +128,8 @@ class AmxRun {
     const int group = panel / plan_.weights.panels;
     const Tile pair[2] = {locate(group, tile), locate(group, tile + count - 1)};
     const std::byte* a[2] = {pair[0].a, pair[1].a};
-    const auto* weight = static_cast<const std::byte*>(arguments_.weight);
+    const std::byte* b =
+        static_cast<const std::byte*>(arguments_.weight) + panel * plan_.weights.panel_bytes();
     const Steps steps{taps_,
                       plan_.weights.taps,
                       plan_.weights.chunks,
@@ -136,10 +137,13 @@ class AmxRun {
                       plan_.weights.chunk_bytes(),
                       plan_.part_bytes,
                       plan_.pixel_bytes};
-    sum_products<Factors>(tiles_, steps, a, count, weight + panel * plan_.weights.panel_bytes(),
-                          channels.count, sums_);
+    sum_products<Factors>(tiles_, steps, a, count, b, channels.count, sums_);
     for (int m = 0; m < count; ++m) {
-      finish_tile(channels, panel, pair[m], sums_ + m * kMaxTileRows * kPanelChannels, k);
+      float* sums = sums_ + m * kMaxTileRows * kPanelChannels;
+      if constexpr (Factors::kParts > 1) {
+        mend<Tiles>(steps, a[m], b, channels.count, pair[m].first, pair[m].last, sums);
+      }
+      finish_tile(channels, pair[m], sums, k);
     }
   }
 
@@ -184,16 +188,11 @@ class AmxRun {
   }
 
   // The epilogue of one tile.
-  void finish_tile(const typename Tiles::Channels& channels, int panel, const Tile& tile,
-                   float* sums, int k) const {
+  void finish_tile(const typename Tiles::Channels& channels, const Tile& tile, const float* sums,
+                   int k) const {
     const auto* residual = static_cast<const Value*>(arguments_.residual);
     auto* y = static_cast<Value*>(arguments_.y);
     for_each_run(tile, [&](int begin, int end, int64_t pixel) {
-      if constexpr (Factors::kParts > 1) {
-        const PlainSums plain(plan_.p, plan_.weights, arguments_);
-        mend<Tiles>(plain, sums + begin * kPanelChannels, end - begin, panel, channels.count, pixel,
-                    1);
-      }
       int64_t at = pixel * plan_.p.k + k;
       for (int i = begin; i < end; ++i, at += plan_.p.k) {
         const Value* r = Functor::kReadsResidual ? residual + at : nullptr;

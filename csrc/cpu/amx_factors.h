@@ -9,12 +9,14 @@
 // After Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For
 // Higher-Precision Computations" (ARITH 2019), there BF16x3 with six products.
 //
-// What is not finite doesn't split: whoever uses the sums computes those that are not finite anew
-// (plain_sums.h). Parts below 2^-126, which numbers below 2^-103 may have, count as zeros.
+// What is not finite is its own first part. Its products with parts that are zeros, or of the other
+// sign, are NaN even so: sums that are not finite are computed anew, see plain_sums.h. Parts below
+// 2^-126, which numbers below 2^-103 may have, count as zeros.
 #pragma once
 
 #include <array>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -66,7 +68,7 @@ struct SplitFactors {
     return {high_half(first), high_half(second), high_half(rest - second)};
   }
 
-  // What a weight was before it was split.
+  // What a number was before it was split.
   static float whole(const std::array<uint16_t, kParts>& parts) {
     const float rest = generic::bfloat16_to_float(parts[1]) + generic::bfloat16_to_float(parts[2]);
     return generic::bfloat16_to_float(parts[0]) + rest;
@@ -84,6 +86,17 @@ struct SplitFactors {
     return static_cast<uint16_t>(generic::bit_cast<uint32_t>(value) >> 16);
   }
 };
+
+// `count` <= 32 numbers and zeros to one cell for each part, `part_bytes` apart.
+inline void split_one_by_one(std::byte* to, int64_t part_bytes, const float* from, int count) {
+  for (int i = 0; i < 32; ++i) {
+    const int factor = SplitFactors::factor(i / 2, i % 2);
+    const auto parts = SplitFactors::parts(factor < count ? from[factor] : 0.0f);
+    for (int part = 0; part < SplitFactors::kParts; ++part) {
+      std::memcpy(to + part * part_bytes + 2 * i, &parts[part], 2);
+    }
+  }
+}
 
 }  // namespace
 }  // namespace fused_resnet::cpu

@@ -143,35 +143,33 @@ class AmxImagesRun {
     for (int pixel = 0; pixel < pixels; pixel += 2) {
       const int pair = std::min(pixels - pixel, 2);
       const std::byte* a[2] = {};
-      int64_t at[2] = {};  // output pixel of an image
+      int64_t at[2] = {};
       for (int m = 0; m < pair; ++m) {
         const int oh = rows.begin + (pixel + m) / columns.size();
         const int ow = columns.begin + (pixel + m) % columns.size();
         const int64_t h = int64_t{oh} * p.stride_h - p.padding_h - inputs_.begin;
         const int64_t w = int64_t{ow} * p.stride_w - p.padding_w;
         a[m] = cells + (h * p.w + w) * plan_.pixel_bytes;
-        at[m] = int64_t{oh} * p.out_w + ow;
+        at[m] = (int64_t{oh} * p.out_w + ow) * p.k + k;
       }
       sum_products<Factors>(tiles_, steps, a, pair, weight, channels.count, sums_);
       for (int m = 0; m < pair; ++m) {
-        finish_tile(channels, panel, sums_ + m * kMaxTileRows * kPanelChannels, at[m], k);
+        float* sums = sums_ + m * kMaxTileRows * kPanelChannels;
+        if constexpr (Factors::kParts > 1) {
+          mend<Tiles>(steps, a[m], weight, channels.count, 0, images_, sums);
+        }
+        finish_tile(channels, sums, at[m]);
       }
     }
   }
 
-  // The epilogue of one tile: output pixel `pixel` of every image.
-  void finish_tile(const typename Tiles::Channels& channels, int panel, float* sums, int64_t pixel,
-                   int k) const {
+  // The epilogue of one tile: element `at` of every image.
+  void finish_tile(const typename Tiles::Channels& channels, const float* sums, int64_t at) const {
     const auto* residual = static_cast<const Value*>(arguments_.residual);
     auto* y = static_cast<Value*>(arguments_.y);
-    const int64_t image = int64_t{plan_.p.out_h} * plan_.p.out_w;
-    pixel += image0_ * image;
-    if constexpr (Factors::kParts > 1) {
-      const PlainSums plain(plan_.p, plan_.weights, arguments_);
-      mend<Tiles>(plain, sums, images_, panel, channels.count, pixel, image);
-    }
-    int64_t at = pixel * plan_.p.k + k;
-    for (int i = 0; i < images_; ++i, at += image * plan_.p.k) {
+    const int64_t image = int64_t{plan_.p.out_h} * plan_.p.out_w * plan_.p.k;
+    at += image0_ * image;
+    for (int i = 0; i < images_; ++i, at += image) {
       const Value* r = Functor::kReadsResidual ? residual + at : nullptr;
       Tiles::template finish_row<Functor>(channels, sums + i * kPanelChannels, r, y + at);
     }

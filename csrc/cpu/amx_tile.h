@@ -93,13 +93,15 @@ class AmxTiles {
     const auto mask = static_cast<uint32_t>((uint64_t{1} << count) - 1);
     __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
     __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + 16);
-    for (int part = 0; part < 2; ++part, to += part_bytes) {
+    for (int part = 0; part < 2; ++part) {
       const __m512 low_part = rounded(low), high_part = rounded(high);
-      store_high_halves(to, low_part, high_part);
+      store_high_halves(to + part * part_bytes, low_part, high_part);
       low = _mm512_sub_ps(low, low_part);
       high = _mm512_sub_ps(high, high_part);
     }
-    store_high_halves(to, low, high);
+    store_high_halves(to + 2 * part_bytes, low, high);
+    // What is not finite, or rounds to infinity, leaves infinity - infinity.
+    if (is_nan(_mm512_add_ps(low, high))) split_one_by_one(to, part_bytes, from, count);
   }
 
   static void prefetch_to_l2(const void* p) {
@@ -173,7 +175,7 @@ class AmxTiles {
       nan = _mm512_fmadd_ps(_mm512_load_ps(sums), zero, nan);
       if (count > 16) nan = _mm512_fmadd_ps(_mm512_load_ps(sums + 16), zero, nan);
     }
-    return _mm512_cmp_ps_mask(nan, nan, _CMP_UNORD_Q) == 0;
+    return !is_nan(nan);
   }
 
  private:
@@ -186,6 +188,11 @@ class AmxTiles {
     uint8_t rows[16] = {};
   };
   static_assert(sizeof(Config) == 64);
+
+  // Whether one of them is.
+  static bool is_nan(__m512 values) {
+    return _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q) != 0;
+  }
 
   // As SplitFactors::rounded.
   static __m512 rounded(__m512 values) {
@@ -267,13 +274,7 @@ class EmulatedTiles {
   }
 
   static void split_cell(std::byte* to, int64_t part_bytes, const float* from, int count) {
-    for (int i = 0; i < kCellElements; ++i) {
-      const int factor = SplitFactors::factor(i / 2, i % 2);
-      const auto parts = SplitFactors::parts(factor < count ? from[factor] : 0.0f);
-      for (int part = 0; part < SplitFactors::kParts; ++part) {
-        std::memcpy(to + part * part_bytes + 2 * i, &parts[part], 2);
-      }
-    }
+    split_one_by_one(to, part_bytes, from, count);
   }
 
   static void prefetch_to_l2(const void*) {}

@@ -1,6 +1,5 @@
-// Sums of a convolution by its definition, for the few that tiles of split factors cannot give:
-// what is not finite, or beyond the largest bf16 number, splits into infinity and NaN
-// (amx_factors.h).
+// Sums of products one by one, for the few that tiles of split factors cannot give: those with what
+// is not finite (amx_factors.h).
 //
 // Everything has internal linkage, see vec_loop.h.
 #pragma once
@@ -9,75 +8,54 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
-#include "conv_problem.h"
 #include "cpu/amx_factors.h"
+#include "cpu/amx_multiply.h"
 #include "cpu/amx_plan.h"
-#include "cpu/conv_kernel.h"
+#include "cpu/amx_tile.h"
 
 namespace fused_resnet::cpu {
 namespace {
 
-class PlainSums {
- public:
-  PlainSums(const ConvProblem& problem, const WeightLayout& layout, const ConvArguments& arguments)
-      : p_(problem),
-        layout_(layout),
-        x_(static_cast<const float*>(arguments.x)),
-        packed_(static_cast<const uint16_t*>(arguments.weight)) {}
+// The number whose parts lie `part_bytes` apart.
+inline float whole_at(const std::byte* at, int64_t part_bytes) {
+  std::array<uint16_t, SplitFactors::kParts> parts;
+  for (uint16_t& part : parts) {
+    std::memcpy(&part, at, sizeof(part));
+    at += part_bytes;
+  }
+  return SplitFactors::whole(parts);
+}
 
-  // Of the first `count` channels of a panel at output pixel number `pixel` of [N, OH, OW]. Taps in
-  // the padding are left out.
-  void operator()(int panel, int count, int64_t pixel, float* sums) const {
-    const int64_t ow = pixel % p_.out_w, oh = pixel / p_.out_w % p_.out_h;
-    const int64_t image = pixel / p_.out_w / p_.out_h;
-    for (int k = 0; k < count; ++k) sums[k] = 0.0f;
-    for (int r = 0; r < p_.r; ++r) {
-      const int64_t h = oh * p_.stride_h - p_.padding_h + int64_t{r} * p_.dilation_h;
-      for (int s = 0; s < p_.s; ++s) {
-        const int64_t w = ow * p_.stride_w - p_.padding_w + int64_t{s} * p_.dilation_w;
-        if (h < 0 || h >= p_.h || w < 0 || w >= p_.w) continue;
-        const float* x = x_ + ((image * p_.h + h) * p_.w + w) * p_.c;
-        x += int64_t{panel / layout_.panels} * layout_.c;
-        for (int c = 0; c < layout_.c; ++c) {
-          for (int k = 0; k < count; ++k)
-            sums[k] = std::fma(x[c], weight(panel, k, c, r, s), sums[k]);
+// Sums of the output pixel whose first cell is at a, for the first `channels` of the panel at b.
+inline void plain_sums(const Steps& steps, const std::byte* a, const std::byte* b, int channels,
+                       float* sums) {
+  for (int k = 0; k < channels; ++k) {
+    sums[k] = 0.0f;
+    for (int chunk = 0; chunk < steps.chunks; ++chunk) {
+      for (int tap = 0; tap < steps.tap_count; ++tap) {
+        const std::byte* x = a + chunk * steps.chunk_bytes + steps.taps[tap].activations;
+        const std::byte* w = b + chunk * steps.weight_chunk_bytes + steps.taps[tap].weights;
+        for (int i = 0; i < kCellElements; ++i) {
+          sums[k] = std::fma(whole_at(x + 2 * i, steps.part_bytes),
+                             whole_at(w + 2 * WeightLayout::place(k, i), WeightLayout::kPartBytes),
+                             sums[k]);
         }
       }
     }
   }
+}
 
- private:
-  // As pack_weights laid it out.
-  float weight(int panel, int k, int c, int r, int s) const {
-    const int tap = layout_.folded ? r : r * p_.s + s;
-    const int factor = layout_.folded ? s * layout_.c + c : c;
-    const int step = factor / kCellElements * layout_.taps + tap;
-    const int in_cell = factor % kCellElements, pairs = kCellElements / 2;
-    const uint16_t* at = packed_ + (panel * layout_.panel_bytes() + step * layout_.tap_bytes) / 2 +
-                         WeightLayout::place(k, in_cell % pairs * 2 + in_cell / pairs);
-    std::array<uint16_t, SplitFactors::kParts> parts;
-    for (uint16_t& part : parts) {
-      part = *at;
-      at += WeightLayout::kPartBytes / 2;
-    }
-    return SplitFactors::whole(parts);
-  }
-
-  const ConvProblem& p_;
-  const WeightLayout& layout_;
-  const float* x_;
-  const uint16_t* packed_;
-};
-
-// Sums [count][32] of a panel at output pixels `pixel`, pixel + step, ...: those that are not
-// finite are computed anew.
+// Computes anew what is not finite in rows [first, last) of the sums of a tile of pixels at a.
 template <class Tiles>
-inline void mend(const PlainSums& plain, float* sums, int count, int panel, int channels,
-                 int64_t pixel, int64_t step) {
-  if (Tiles::finite(sums, count, channels)) return;
-  for (int i = 0; i < count; ++i, sums += kPanelChannels, pixel += step) {
-    if (!Tiles::finite(sums, 1, channels)) plain(panel, channels, pixel, sums);
+inline void mend(const Steps& steps, const std::byte* a, const std::byte* b, int channels,
+                 int first, int last, float* sums) {
+  sums += first * kPanelChannels;
+  if (Tiles::finite(sums, last - first, channels)) return;
+  for (int row = first; row < last; ++row, sums += kPanelChannels) {
+    if (Tiles::finite(sums, 1, channels)) continue;
+    plain_sums(steps, a + row * steps.pixel_bytes, b, channels, sums);
   }
 }
 
