@@ -127,15 +127,17 @@ POINTWISE = fp32(c=32, k=32, r=1, padding=(0, 0), epilogue="none")
 
 @rows
 def test_all_24_bits_count(tiles: str) -> None:
-    # One product a sum: x passes through weights of one, and through weights of its own width.
+    # One product a sum: x passes through weights of one, and through weights of three parts.
     p = POINTWISE
     args = plain(p, draw(p))
+    parts = 1 + 2**-9 + 2**-17
     x = args.x.clone()
     x[0, :, 0, 0] = 1 + torch.arange(p.c) * 2**-23
     x[0, :, 0, 1] = 2 - 2**-23
+    x[0, :, 0, 2] = parts
     ones = args._replace(x=x, weight=torch.eye(p.c).view(p.weight_shape))
     assert torch.equal(run(tiles, p, ones), x)
-    fine = ones._replace(weight=ones.weight * (1 + 2**-23))
+    fine = ones._replace(weight=ones.weight * parts)
     relative = (run(tiles, p, fine).double() - reference(p, fine)) / reference(p, fine)
     assert relative.abs().max() < 2**-22
 
