@@ -228,7 +228,7 @@ class AmxConv : public ConvKernel {
   }
 
   size_t packed_bytes(const ConvProblem& problem, Element) const override {
-    return static_cast<size_t>(WeightLayout(problem, Factors::kParts).bytes());
+    return static_cast<size_t>(AmxWeightLayout(problem, Factors::kParts).bytes());
   }
 
   void pack(const ConvProblem& problem, Element, const void* weight, void* packed) const override {

@@ -128,7 +128,7 @@ class AmxImagesRun {
             (int64_t{i} * p.s + j) * plan_.weights.tap_bytes};
       }
     }
-    const WeightLayout& weights = plan_.weights;
+    const AmxWeightLayout& weights = plan_.weights;
     const Steps steps{taps_,
                       count,
                       weights.chunks,
@@ -200,7 +200,7 @@ class AmxImages : public AmxConv<Tiles, Factors> {
     const std::string why = Conv::why_not(problem, element);
     if (!why.empty()) return why;
     if (problem.r * problem.s == 1) return "a 1x1 window has no taps in the padding to leave out";
-    if (WeightLayout(problem, Factors::kParts).folded)
+    if (AmxWeightLayout(problem, Factors::kParts).folded)
       return "the pixels of a window's row share cells";
     if (!AmxImagesPlan::fills_tiles(problem.n)) {
       return "tiles hold 16 images each, which a batch of " + std::to_string(problem.n) +
@@ -231,7 +231,7 @@ class AmxImages : public AmxConv<Tiles, Factors> {
   using Run = AmxImagesRun<Tiles, Factors, EpilogueFunctor<kEpilogue>>;
 
   static bool fits(const ConvProblem& p) {
-    return AmxImagesPlan::fills_tiles(p.n) && !WeightLayout(p, Factors::kParts).folded &&
+    return AmxImagesPlan::fills_tiles(p.n) && !AmxWeightLayout(p, Factors::kParts).folded &&
            AmxImagesPlan(p, 1, Factors::kParts).fits_cache();
   }
 };

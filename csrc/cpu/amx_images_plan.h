@@ -104,7 +104,7 @@ struct AmxImagesPlan {
   static constexpr int64_t kCacheBytes = AmxPlan::kL2Bytes / 2;
 
   ConvProblem p;
-  WeightLayout weights;
+  AmxWeightLayout weights;
   int parts;
   Axis rows, columns;
   int image_tiles, tile_images;  // tiles of images, and images of a tile

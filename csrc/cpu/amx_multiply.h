@@ -59,7 +59,8 @@ inline void multiply_tap(Tiles& tiles, const Steps& steps, const std::byte* a0, 
   constexpr PartProduct before = kI == 0 ? PartProduct{-1, -1} : Factors::kProducts[kI - 1];
   const int64_t offset = product.a * steps.part_bytes;
   multiply_part<kM, kN, product.a != before.a, product.b != before.b>(
-      tiles, a0 + offset, a1 + offset, b + product.b * WeightLayout::kPartBytes, steps.pixel_bytes);
+      tiles, a0 + offset, a1 + offset, b + product.b * AmxWeightLayout::kPartBytes,
+      steps.pixel_bytes);
   if constexpr (kI + 1 < std::size(Factors::kProducts)) {
     multiply_tap<Factors, kM, kN, kI + 1>(tiles, steps, a0, a1, b);
   }

@@ -11,11 +11,11 @@
 namespace fused_resnet::cpu {
 namespace {
 
-// Weights to WeightLayout. fetch(k, c, tap) gives the weight of output channel k for input channel
-// c of its group.
+// Weights to AmxWeightLayout. fetch(k, c, tap) gives the weight of output channel k for input
+// channel c of its group.
 template <class Factors, class Fetch>
 void pack_weights(const ConvProblem& p, uint16_t* packed, Fetch fetch) {
-  const WeightLayout layout(p, Factors::kParts);
+  const AmxWeightLayout layout(p, Factors::kParts);
   // The weight that factor `factor` of a tap meets in output channel `k` of `group`.
   const auto value = [&](int group, int k, int tap, int factor) -> typename Factors::Value {
     const int c = layout.folded ? factor % layout.c : factor;
@@ -31,10 +31,10 @@ void pack_weights(const ConvProblem& p, uint16_t* packed, Fetch fetch) {
           for (int k = 0; k < kPanelChannels; ++k) {
             for (int i = 0; i < kCellElements; ++i) {
               const int factor = chunk * kCellElements + Factors::factor(i / 2, i % 2);
-              uint16_t* to = packed + WeightLayout::place(k, i);
+              uint16_t* to = packed + AmxWeightLayout::place(k, i);
               for (const uint16_t part : Factors::parts(value(group, k0 + k, tap, factor))) {
                 *to = part;
-                to += WeightLayout::kPartBytes / 2;
+                to += AmxWeightLayout::kPartBytes / 2;
               }
             }
           }

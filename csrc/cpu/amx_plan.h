@@ -30,10 +30,10 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Packed weights: [groups][panels][chunks][taps][parts][2][16][16][2], that is a tile of 16 pairs
 // of factors by 16 output channels, two of them for the 32 channels of a panel. Zeros fill what the
 // problem has no weight for.
-struct WeightLayout {
+struct AmxWeightLayout {
   // Narrow groups don't share cells: a NaN of one would meet zero weights of the others, and reach
   // their outputs.
-  WeightLayout(const ConvProblem& p, int parts)
+  AmxWeightLayout(const ConvProblem& p, int parts)
       : groups(p.groups), c(p.c / p.groups), k(p.k / p.groups), tap_bytes(parts * kPartBytes) {
     // Few channels leave cells empty: then the S pixels of a window's row share them.
     const int64_t unfolded = p.s * ceil_div(c, kCellElements);
@@ -153,7 +153,7 @@ struct AmxPlan {
   static constexpr int64_t kL2Bytes = 2 << 20;
 
   ConvProblem p;  // as the tiles see it
-  WeightLayout weights;
+  AmxWeightLayout weights;
   int parts;
   bool direct;
   int pitch;

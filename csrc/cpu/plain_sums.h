@@ -38,9 +38,9 @@ inline void plain_sums(const Steps& steps, const std::byte* a, const std::byte* 
         const std::byte* x = a + chunk * steps.chunk_bytes + steps.taps[tap].activations;
         const std::byte* w = b + chunk * steps.weight_chunk_bytes + steps.taps[tap].weights;
         for (int i = 0; i < kCellElements; ++i) {
-          sums[k] = std::fma(whole_at(x + 2 * i, steps.part_bytes),
-                             whole_at(w + 2 * WeightLayout::place(k, i), WeightLayout::kPartBytes),
-                             sums[k]);
+          sums[k] = std::fma(
+              whole_at(x + 2 * i, steps.part_bytes),
+              whole_at(w + 2 * AmxWeightLayout::place(k, i), AmxWeightLayout::kPartBytes), sums[k]);
         }
       }
     }

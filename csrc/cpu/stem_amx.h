@@ -53,7 +53,7 @@ class AmxRows {
   using Element = uint16_t;
 
   static size_t packed_bytes(const ConvProblem& p) {
-    return static_cast<size_t>(WeightLayout(stem_rows(p), BFloat16Factors::kParts).bytes());
+    return static_cast<size_t>(AmxWeightLayout(stem_rows(p), BFloat16Factors::kParts).bytes());
   }
 
   static void pack(const ConvProblem& p, const void* weight, void* packed) {
@@ -135,7 +135,7 @@ class AmxRows {
 
   const ConvProblem& p_;
   const StemArguments& a_;
-  const WeightLayout weights_;
+  const AmxWeightLayout weights_;
   const AmxRowsScratch parts_;
   std::byte* const ring_;
   float* const sums_;
