@@ -47,19 +47,26 @@ LARGE_IMAGES = {
 }
 
 
+def with_epilogues(suffix: str) -> pytest.MarkDecorator:
+    """Every epilogue on the tiles of this CPU; one on emulated ones, which are slow."""
+    native = [
+        pytest.param(f"amx_bf16x6{suffix}", epilogue, marks=needs_amx) for epilogue in EPILOGUES
+    ]
+    emulated = (f"amx_emulated_bf16x6{suffix}", "relu_add_relu")
+    return pytest.mark.parametrize(("tiles", "epilogue"), [*native, emulated])
+
+
 def fp32(**geometry: Any) -> ConvProblem:
     return conv_problem(**geometry)
 
 
-@rows
-@pytest.mark.parametrize("epilogue", EPILOGUES)
+@with_epilogues("")
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_geometries(tiles: str, geometry: dict[str, Any], epilogue: str) -> None:
     check(tiles, fp32(**{**geometry, "epilogue": epilogue}))
 
 
-@images
-@pytest.mark.parametrize("epilogue", EPILOGUES)
+@with_epilogues("_images")
 @pytest.mark.parametrize(
     "geometry", test_cpu_amx_images.GEOMETRIES.values(), ids=test_cpu_amx_images.GEOMETRIES
 )
@@ -142,10 +149,9 @@ def test_all_24_bits_count(tiles: str) -> None:
     assert relative.abs().max() < 2**-22
 
 
-@rows
+@with_epilogues("")
 @pytest.mark.parametrize("geometry", ["1x1", "3x3", "groups", "stem_7x7", "padding_beyond_kernel"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -3.4e38], ids=short)
-@pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_what_does_not_split_passes(tiles: str, geometry: str, epilogue: str, value: float) -> None:
     p = fp32(**{**GEOMETRIES[geometry], "epilogue": epilogue})
     args = draw(p)
