@@ -31,7 +31,7 @@ IMAGES = [pytest.param("amx_bf16x6_images", marks=needs_amx), "amx_emulated_bf16
 rows = pytest.mark.parametrize("tiles", ROWS)
 images = pytest.mark.parametrize("tiles", IMAGES)
 
-#: Not what narrow bf16 problems share: several chunks and panels, and blocks of pixels.
+#: Several blocks of pixels too, which split numbers make of 1x1s that bf16 reads in place.
 LARGE = {
     **test_cpu_amx.LARGE,
     "1x1_of_very_many_channels": {"n": 1, "c": 8192, "k": 32, "h": 9, "w": 5, "r": 1,

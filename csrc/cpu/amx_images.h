@@ -200,8 +200,9 @@ class AmxImages : public AmxConv<Tiles, Factors> {
     const std::string why = Conv::why_not(problem, element);
     if (!why.empty()) return why;
     if (problem.r * problem.s == 1) return "a 1x1 window has no taps in the padding to leave out";
-    if (AmxWeightLayout(problem, Factors::kParts).folded)
+    if (AmxWeightLayout(problem, Factors::kParts).folded) {
       return "the pixels of a window's row share cells";
+    }
     if (!AmxImagesPlan::fills_tiles(problem.n)) {
       return "tiles hold 16 images each, which a batch of " + std::to_string(problem.n) +
              " does not fill";

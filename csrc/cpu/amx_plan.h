@@ -238,8 +238,8 @@ struct AmxPlan {
       block_images = static_cast<int>(std::min(rows / p.out_h, ceil_div(p.n, team_m)));
     }
     if (threads > 1 && blocks() > 0) {
-      const int64_t parts = ceil_div(int64_t{Team::kUnitsOfThread} * threads, blocks());
-      panel_parts = static_cast<int>(std::min<int64_t>(parts, weights.all_panels()));
+      const int64_t wanted = ceil_div(int64_t{Team::kUnitsOfThread} * threads, blocks());
+      panel_parts = static_cast<int>(std::min<int64_t>(wanted, weights.all_panels()));
     }
   }
 

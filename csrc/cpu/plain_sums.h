@@ -28,23 +28,23 @@ inline float whole_at(const std::byte* at, int64_t part_bytes) {
   return SplitFactors::whole(parts);
 }
 
-// Sums of the output pixel whose first cell is at a, for the first `channels` of the panel at b.
-inline void plain_sums(const Steps& steps, const std::byte* a, const std::byte* b, int channels,
-                       float* sums) {
-  for (int k = 0; k < channels; ++k) {
-    sums[k] = 0.0f;
-    for (int chunk = 0; chunk < steps.chunks; ++chunk) {
-      for (int tap = 0; tap < steps.tap_count; ++tap) {
-        const std::byte* x = a + chunk * steps.chunk_bytes + steps.taps[tap].activations;
-        const std::byte* w = b + chunk * steps.weight_chunk_bytes + steps.taps[tap].weights;
-        for (int i = 0; i < kCellElements; ++i) {
-          sums[k] = std::fma(
-              whole_at(x + 2 * i, steps.part_bytes),
-              whole_at(w + 2 * AmxWeightLayout::place(k, i), AmxWeightLayout::kPartBytes), sums[k]);
-        }
+// The sum of channel k of the panel at b for the output pixel whose first cell is at a. A NaN stays
+// whatever is added: networks that are full of it are done at the first.
+inline float plain_sum(const Steps& steps, const std::byte* a, const std::byte* b, int k) {
+  float sum = 0.0f;
+  for (int chunk = 0; chunk < steps.chunks; ++chunk) {
+    for (int tap = 0; tap < steps.tap_count; ++tap) {
+      const std::byte* x = a + chunk * steps.chunk_bytes + steps.taps[tap].activations;
+      const std::byte* w = b + chunk * steps.weight_chunk_bytes + steps.taps[tap].weights;
+      for (int i = 0; i < kCellElements; ++i) {
+        const std::byte* weight = w + 2 * AmxWeightLayout::place(k, i);
+        sum = std::fma(whole_at(x + 2 * i, steps.part_bytes),
+                       whole_at(weight, AmxWeightLayout::kPartBytes), sum);
+        if (std::isnan(sum)) return sum;
       }
     }
   }
+  return sum;
 }
 
 // Computes anew what is not finite in rows [first, last) of the sums of a tile of pixels at a.
@@ -54,8 +54,11 @@ inline void mend(const Steps& steps, const std::byte* a, const std::byte* b, int
   sums += first * kPanelChannels;
   if (Tiles::finite(sums, last - first, channels)) return;
   for (int row = first; row < last; ++row, sums += kPanelChannels) {
-    if (Tiles::finite(sums, 1, channels)) continue;
-    plain_sums(steps, a + row * steps.pixel_bytes, b, channels, sums);
+    for (int k = 0; k < channels; ++k) {
+      if (!std::isfinite(sums[k])) {
+        sums[k] = plain_sum(steps, a + row * steps.pixel_bytes, b, k);
+      }
+    }
   }
 }
 

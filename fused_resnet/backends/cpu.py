@@ -320,9 +320,10 @@ class SplitConv(NativeConv):
     ``amx_bf16x6`` and ``amx_bf16x6_images`` arrange tiles as `AmxConv`'s two. Of the nine products
     of two numbers' parts six are computed (``csrc/cpu/amx_factors.h``), for which AMX takes down to
     half of the time that AVX-512 takes for one product in fp32. Sums, scale, shift and epilogue are
-    fp32, and the error is that of plain fp32 or less: by norm on the layers of a ResNet-50 4e-8 to
-    2.7e-7, where oneDNN's is 6e-8 to 4.5e-7 (``benchmarks/layers.py``). NaN and infinities give
-    what they give in torch.
+    fp32, and the error is that of a plain sum in fp32: by norm on the layers of a ResNet-50 4e-8 to
+    2.7e-7, where oneDNN's is 6e-8 to 4.5e-7 and ``direct``'s 6e-8 to 1.3e-7
+    (``benchmarks/layers.py``). NaN and infinities give what they give in torch; an output that an
+    infinity reaches without a NaN is computed one product after the other, which takes long.
 
     Numbers smaller than 2^-103 (9.9e-32), of which parts may be subnormal, can lose their last
     bits, those smaller than 2^-126 count as zeros; so do subnormal sums of products.
