@@ -292,6 +292,21 @@ def test_coordinates_and_structure_arguments(emulator: Emulator, schedule: str) 
     assert np.array_equal(y.ravel(), np.arange(24 * 30))
 
 
+class Numbers(ctypes.Structure):
+    _fields_ = [("values", ctypes.c_int * 960)]
+
+
+@both
+def test_a_large_structure_argument_is_no_memory_of_the_kernel(emulator: Emulator) -> None:
+    y = np.zeros(960, np.int32)
+    numbers = Numbers((ctypes.c_int * 960)(*range(960)))
+    report = emulator.launch(
+        "large_argument", {"y": Output(y), "numbers": numbers}, grid=1, block=32
+    )
+    report.raise_findings()
+    assert np.array_equal(y, np.arange(960))
+
+
 @both
 def test_order_of_blocks(emulator: Emulator) -> None:
     orders = {}

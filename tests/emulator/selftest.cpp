@@ -364,6 +364,14 @@ __global__ void coordinates(int* y, Extents extents) {
   }
 }
 
+// A structure so large that compilers copy it by a call.
+struct Numbers {
+  int values[960];
+};
+__global__ void large_argument(int* y, Numbers numbers) {
+  for (int i = threadIdx.x; i < 960; i += blockDim.x) y[i] = numbers.values[i];
+}
+
 // One warp multiplies `count` times: how fast the emulator is.
 __global__ void many_mma(float* y, int count) {
   uint32_t a[4][4] = {}, b[4][2] = {};
@@ -427,6 +435,7 @@ EMULATOR_KERNEL("round_trip/fp16", round_trip<__half>);
 EMULATOR_KERNEL("round_trip/bf16", round_trip<__nv_bfloat16>);
 EMULATOR_KERNEL("round_trip/tf32", round_trip_tf32);
 EMULATOR_KERNEL("coordinates", coordinates);
+EMULATOR_KERNEL("large_argument", large_argument);
 EMULATOR_KERNEL("many_mma", many_mma);
 
 }  // namespace selftest

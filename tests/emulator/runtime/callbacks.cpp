@@ -42,8 +42,9 @@ void check_access(const void* address, size_t bytes, bool write, uintptr_t pc) {
     count_lane(write ? Traffic::global_store : Traffic::global_load, p, bytes, pc);
     return;
   }
-  // Constants of the kernel library are no buffer; nor should a kernel write them.
-  if (execution.in_image(number) && !write) return;
+  // No buffers, and not to be written: constants of the kernel library, and the arguments, which
+  // the launch copies to each thread, large structures by a call of memcpy.
+  if (!write && (execution.in_image(number) || execution.in_argument(p, bytes))) return;
   report("out-of-bounds", (write ? "write: " : "read: ") + describe_address(p), here(pc));
 }
 

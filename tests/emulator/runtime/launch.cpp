@@ -47,6 +47,14 @@ std::vector<Thread> threads;
 std::vector<Warp> warps;
 Counters counters;
 
+bool Execution::in_argument(const char* p, size_t bytes) const {
+  for (size_t i = 0; i < kernel->parameter_count; ++i) {
+    const char* begin = static_cast<const char*>(arguments[i]);
+    if (p >= begin && p + bytes <= begin + kernel->parameters[i].bytes) return true;
+  }
+  return false;
+}
+
 namespace {
 
 void* main_context;

@@ -143,6 +143,8 @@ struct Execution {
   volatile bool out_of_time;
 
   bool in_image(uintptr_t pc) const { return pc >= image_begin && pc < image_end; }
+  // Whether all these bytes are of one argument of the launch.
+  bool in_argument(const char* p, size_t bytes) const;
 };
 
 extern Thread* current;
