@@ -764,14 +764,14 @@ def test_a_plan_takes_no_more_memory_than_stock_torch(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Judge, "fault", lambda _judge, _result: None)
 
     # Stock torch holds three large maps at the second convolution, a plan two and its workspace:
-    # there is room for 0.3, 0.3 and 0.4 MB of transformed weights, not for 1.8 MB more.
+    # there is room for 0.1, 0.1 and 0.4 MB of transformed weights, not for 4 MB more.
     def conv(channels: int, following: int, window: int = 3, stride: int = 1) -> nn.Sequential:
         c = nn.Conv2d(channels, following, window, stride, padding=window // 2)
         return nn.Sequential(c, nn.ReLU())
 
     model = nn.Sequential(
         *(conv(32, 32), conv(32, 32), conv(32, 64, 1, 2), conv(64, 64)),
-        *(conv(64, 128, 1, 2), conv(128, 128), nn.AdaptiveAvgPool2d(1)),
+        *(conv(64, 192, 1, 2), conv(192, 192), nn.AdaptiveAvgPool2d(1)),
     ).eval()
     x = torch.randn(1, 32, 160, 160)
     whole = fused_resnet.optimize(model, x, compact=False)
@@ -788,7 +788,7 @@ def test_a_plan_takes_no_more_memory_than_stock_torch(monkeypatch: pytest.Monkey
         assert last.kernel != "cpu/winograd4"
         assert 0 < memory.expansion < whole.memory.expansion
         whys = {rival.kernel: rival.why for rival in last.rivals}
-        assert "take 2 MB more: see compact" in whys["cpu/winograd4"]
+        assert "take 4 MB more: see compact" in whys["cpu/winograd4"]
         torch.testing.assert_close(plan(x), model(x), rtol=1e-5, atol=1e-6)
     # New weights do not bring it back.
     plan.refit({name: 2 * t for name, t in model.state_dict().items()})

@@ -137,16 +137,19 @@ class FoldedAtenConv(PackedKernel):
         """Where ATen leaves oneDNN aside by itself: one small image; 1x1 on one thread.
 
         Few weights are done sooner so. Long sums come out more exact by the matrix product that
-        ATen calls there: for few pixels oneDNN's are up to 3.3 times as far from float64 (measured,
-        512 channels, 3x3), more than the rule of ``fused_resnet.numerics`` allows.
+        ATen calls there: oneDNN's are up to 3.3 times as far from float64 (measured: 512 channels,
+        3x3, few pixels; with AVX2 also 2048 channels, 1x1, any number of pixels), more than the
+        rule of ``fused_resnet.numerics`` allows.
         """
         p = problem
         if p.groups != 1 or max(p.r, p.s) > 3:
             return False
+        terms = p.c * p.r * p.s
         if p.n == 1 and p.c * p.h * p.w <= 20480:
-            terms = p.c * p.r * p.s
             return p.k * terms <= 65536 or terms >= 512
-        return p.is_gemm and p.n * p.h * p.w <= 64 and torch.get_num_threads() == 1
+        if not p.is_gemm or torch.get_num_threads() != 1:
+            return False
+        return p.n * p.h * p.w <= 64 or (p.n < 16 and terms >= 512)
 
     def prepare(self, problem: Convolution, weight: Tensor, scale: Tensor, shift: Tensor) -> Packed:
         """Folded weights, dense in channels_last order."""
@@ -200,8 +203,11 @@ class FoldedAtenConv3d(FoldedAtenConv):
         x, weight, scale, shift, residual = args
         packed = self.packed(problem, weight, scale, shift)
         window = (problem.stride, problem.padding, problem.dilation, problem.groups)
-        y = torch.conv3d(x, packed.weight, packed.bias, *window)
-        return finish(y, residual, problem.epilogue)
+        # The shift comes behind the sums. As the bias it would begin them, and where few pixels
+        # make one long chain of them each addition would round off a larger number.
+        assert packed.bias is not None
+        y = torch.conv3d(x, packed.weight, None, *window)
+        return finish(y.add_(packed.bias.view(-1, 1, 1, 1)), residual, problem.epilogue)
 
 
 class CudnnConv(PackedKernel):
