@@ -714,10 +714,14 @@ def test_nan_and_infinity_pass_as_in_torch(kernel_, epilogue: str, dtype: torch.
         {"n": 1, "c": 256, "h": 4, "w": 4, "k": 512, "stride": (2, 2)},
         {"n": 2, "c": 960, "h": 2, "w": 2, "k": 160, "r": 1, "padding": (0, 0)},
         {"n": 2, "c": 576, "h": 1, "w": 1, "k": 144, "r": 1, "padding": (0, 0)},
+        {"n": 2, "c": 2048, "h": 7, "w": 7, "k": 128, "r": 1, "padding": (0, 0)},
+        {"n": 15, "c": 512, "h": 7, "w": 7, "k": 64, "r": 1, "padding": (0, 0)},
     ],
-    ids=["512x3x3", "256x3x3/2", "960x1x1", "576x1x1"],
+    ids=["512x3x3", "256x3x3/2", "960x1x1", "576x1x1", "2048x1x1", "15_images"],
 )
-def test_long_sums_of_small_images_are_as_exact_as_stock(shape: dict[str, Any]) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_long_sums_are_as_exact_as_stock(shape: dict[str, Any], threads: int) -> None:
+    torch.set_num_threads(threads)
     for seed in range(3):
         p = conv_problem(**shape)
         args = draw(p, seed)
