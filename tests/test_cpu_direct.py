@@ -85,6 +85,11 @@ LARGE = {
     "slices_of_channels": {"n": 2, "c": 2100, "k": 65, "h": 3, "w": 3, "r": 1, "padding": (0, 0)},
     "blocks": {"n": 2, "c": 65, "k": 130, "h": 19, "w": 18},
     "resnext": {"n": 1, "c": 128, "k": 128, "h": 11, "w": 13, "groups": 32},
+    "groups_of_4": {"n": 2, "c": 40, "k": 40, "h": 9, "w": 10, "groups": 10, "stride": (2, 1)},
+    "odd_groups_of_4": {"n": 1, "c": 44, "k": 44, "h": 9, "w": 10, "groups": 11},
+    "slices_of_groups_of_4": {"n": 1, "c": 8, "k": 8, "r": 9, "padding": (4, 4), "groups": 2},
+    "groups_of_8": {"n": 2, "c": 88, "k": 88, "h": 9, "w": 10, "groups": 11, "stride": (1, 2)},
+    "slices_of_groups_of_8": {"n": 1, "c": 24, "k": 24, "r": 7, "padding": (3, 3), "groups": 3},
     "resnext_wide": {"n": 1, "c": 256, "k": 256, "h": 7, "w": 7, "groups": 8},
     "linear": {"n": 3, "c": 512, "k": 1000, "h": 1, "w": 1, "r": 1, "padding": (0, 0)},
 }
@@ -110,12 +115,16 @@ def test_empty_batch(isa: str, dtype: torch.dtype) -> None:
     assert run(p, isa, *draw(p)).shape == p.out_shape
 
 
+@pytest.mark.parametrize("channels", [(5, 19, 1), (16, 16, 4), (24, 24, 3)], ids=short)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("isa", LEVELS)
-def test_odd_values_go_where_torch_has_them(isa: str, dtype: torch.dtype, epilogue: str) -> None:
+def test_odd_values_go_where_torch_has_them(
+    isa: str, dtype: torch.dtype, epilogue: str, channels: tuple[int, int, int]
+) -> None:
     # One pixel of each kind, far enough apart that no output reads two.
-    p = conv_problem(n=1, c=5, k=19, h=9, w=21, dtype=dtype, epilogue=epilogue)
+    c, k, groups = channels
+    p = conv_problem(n=1, c=c, k=k, groups=groups, h=9, w=21, dtype=dtype, epilogue=epilogue)
     x, weight, _scale, shift, residual = draw(p)
     for column, value in ((2, float("nan")), (8, float("inf")), (14, float("-inf"))):
         x[0, 3, 4, column] = value
@@ -181,6 +190,8 @@ FENCED_SHAPES = (
     {"c": 5, "k": 17, "r": 1, "padding": (0, 0)},
     {"c": 12, "k": 12, "groups": 3},
     {"c": 21, "k": 21, "groups": 7},
+    {"c": 16, "k": 16, "groups": 4},
+    {"c": 24, "k": 24, "groups": 3},
     {"c": 33, "k": 65, "stride": (2, 2)},
     # Winograd's tiles of every size: images that no tile divides.
     {"c": 17, "k": 19, "h": 7, "w": 9},

@@ -15,6 +15,7 @@ struct DirectPolicy {
   using Element = typename V::Element;
   using Weight = float;
   static constexpr int kVectors = 2, kGroupedRows = 6, kWeightsOfVector = 8;
+  static constexpr bool kNarrowTiles = true;
   static constexpr int rows(int64_t) { return 6; }
   static __m256 zero() { return _mm256_setzero_ps(); }
   static void store_sum(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
@@ -22,6 +23,10 @@ struct DirectPolicy {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
   static __m256 permute(__m256 v, __m256i lanes) { return _mm256_permutevar8x32_ps(v, lanes); }
+  template <int kLane>
+  static __m256 of_each_quad(__m256 v) {
+    return _mm256_permute_ps(v, kLane * 0b01010101);
+  }
   static __m256 weight(const float* p) { return _mm256_loadu_ps(p); }
   static __m256 multiply_add(__m256 x, __m256 w, __m256 sum) { return _mm256_fmadd_ps(x, w, sum); }
 };

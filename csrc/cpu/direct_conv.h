@@ -24,6 +24,11 @@ struct Panel {
   int64_t vectors;
 };
 
+// Which functions of direct_tile.h compute the panels: tile; narrow_tile for groups as wide as a
+// vector; quads_tile for groups of four channels that fill vectors; grouped_tile for other groups
+// that share a vector.
+enum class Shape { kPlain, kNarrow, kQuads, kGrouped };
+
 // How the weights lie in memory: panels, before them the lanes of grouped tiles where there are
 // such.
 template <class P>
@@ -33,19 +38,28 @@ class Layout {
 
   explicit Layout(const ConvProblem& p)
       : taps(int64_t{p.r} * p.s), c(p.c / p.groups), k(p.k / p.groups), groups_(p.groups) {
-    bundle_ = max(1, min(kWidth / k, kWidth / c));
-    bundle_ = min(bundle_, groups_);
-    panels_of_group_ = bundle_ > 1 ? 1 : divide_up(k, P::kVectors * kWidth);
+    groups_of_vector_ = min(groups_, max(1, min(kWidth / k, kWidth / c)));
+    if (P::kNarrowTiles && c == kWidth && k == kWidth) {
+      shape_ = Shape::kNarrow;
+    } else if (P::kNarrowTiles && c == 4 && k == 4 && groups_ % (kWidth / 4) == 0) {
+      shape_ = Shape::kQuads;
+    } else {
+      shape_ = groups_of_vector_ > 1 ? Shape::kGrouped : Shape::kPlain;
+    }
+    panels_of_group_ = divide_up(k, P::kVectors * kWidth);
+    groups_of_panel_ = groups_of_vector_ * (shape_ == Shape::kNarrow ? P::kVectors : 1);
   }
 
-  // Whether a vector spans several groups.
-  bool grouped() const { return bundle_ > 1; }
+  Shape shape() const { return shape_; }
+
+  bool grouped() const { return shape_ == Shape::kGrouped; }
 
   // Input channels that one vector of grouped tiles reads.
   int64_t span(const Panel& panel) const { return panel.channels / k * c; }
 
   int64_t panels() const {
-    return grouped() ? divide_up(groups_, bundle_) : groups_ * panels_of_group_;
+    return shape_ == Shape::kPlain ? groups_ * panels_of_group_
+                                   : divide_up(groups_, groups_of_panel_);
   }
 
   int64_t steps() const { return grouped() ? c : divide_up(c, P::kStep); }
@@ -59,16 +73,18 @@ class Layout {
   int64_t lanes_bytes() const { return grouped() ? align_line(c * kWidth * sizeof(int32_t)) : 0; }
 
   Panel panel(int64_t index) const {
-    if (grouped()) {
-      const int64_t first = index * bundle_;
-      const int64_t groups = min(bundle_, groups_ - first);
-      return {index * taps * steps() * step_bytes(1), first * c, first * k, groups * k, 1};
+    const int64_t vector_bytes = taps * steps() * step_bytes(1);
+    if (shape_ != Shape::kPlain) {
+      const int64_t first = index * groups_of_panel_;
+      const int64_t groups = min(groups_of_panel_, groups_ - first);
+      return {first / groups_of_vector_ * vector_bytes, first * c, first * k, groups * k,
+              divide_up(groups, groups_of_vector_)};
     }
     const int64_t group = index / panels_of_group_, within = index % panels_of_group_;
     const int64_t first = within * P::kVectors * kWidth;
     const int64_t channels = min(P::kVectors * kWidth, k - first);
     const int64_t vectors_before = group * divide_up(k, kWidth) + within * P::kVectors;
-    return {vectors_before * taps * steps() * step_bytes(1), group * c, group * k + first, channels,
+    return {vectors_before * vector_bytes, group * c, group * k + first, channels,
             divide_up(channels, kWidth)};
   }
 
@@ -81,7 +97,9 @@ class Layout {
 
  private:
   const int64_t groups_;
-  int64_t bundle_, panels_of_group_;
+  Shape shape_;
+  int64_t groups_of_vector_, groups_of_panel_;  // where a vector or a panel spans several
+  int64_t panels_of_group_;                     // where it does not
 };
 
 // Writes panels as grouped_tile reads them, `fetch` as in pack_weights.
@@ -279,7 +297,6 @@ class Run {
     const int64_t fetched_by_tile = taps.size() * steps.size() * kCacheLine;
     const char* next = reinterpret_cast<const char*>(weight) + slice_bytes;
 
-    constexpr auto kGroupedRows = std::make_integer_sequence<int, P::kGroupedRows>();
     const int64_t most = layout_.grouped() ? P::kGroupedRows : P::rows(panel.vectors);
     const int64_t tiles = divide_up(count, most);
     for (int64_t i = 0; i < tiles; ++i) {
@@ -293,12 +310,19 @@ class Run {
       const bool fetches = i * fetched_by_tile < slice_bytes;
       task.prefetch = next + (fetches ? i * fetched_by_tile : 0);
       task.prefetch_step = fetches ? kCacheLine : 0;
-      if (layout_.grouped()) {
-        select_grouped_tile<P>(rows.size(), kGroupedRows)(task);
-      } else {
-        select_tile<P>(rows.size(), panel.vectors)(task);
-      }
+      select(rows.size(), panel.vectors)(task);
     }
+  }
+
+  Tile<P> select(int64_t rows, int64_t vectors) const {
+    if constexpr (P::kNarrowTiles) {
+      if (layout_.shape() == Shape::kNarrow) return select_narrow_tile<P>(rows, vectors);
+      if (layout_.shape() == Shape::kQuads) return select_quads_tile<P>(rows);
+    }
+    if (layout_.grouped()) {
+      return select_grouped_tile<P>(rows, std::make_integer_sequence<int, P::kGroupedRows>());
+    }
+    return select_tile<P>(rows, vectors);
   }
 
   // Products in one chain of fp32 additions, whose error grows with its length: slices are summed

@@ -9,13 +9,17 @@
 //   P::kWeightsOfVector   weights that one of these multiplies with one vector of sums
 //   P::kVectors           vectors of output channels in a panel
 //   P::rows(vectors)      pixels of a tile that is so many vectors wide, by what registers there
-//   are P::kGroupedRows       pixels of a grouped tile, which holds their input in registers too
+//   are P::kGroupedRows       pixels of a grouped tile, which holds their input in registers too,
+//   and of
+//                         tiles that hold their weights there
+//   P::kKeepsWeights      whether there are tiles that hold weights in registers
 //   P::zero, P::weight    an empty sum; a vector of weights
 //   P::input<half>        input channels of one step, the same in each lane
 //   P::last_input<half>   the same for a last step that lacks channels
 //   P::multiply_add       sum + input * weight
 //   P::store_sum          of a vector of sums, to where V::load_param reads it
 //   P::load_lanes, P::permute  lane i of the result is lane lanes[i] of the vector
+//   P::of_each_quad<i>    lane i of each four, in all of the four; only with narrow tiles
 //
 // Like vec_loop.h, everything here has internal linkage.
 #pragma once
@@ -221,6 +225,67 @@ __attribute__((noinline)) void grouped_tile(const TileTask<P>& task) {
   finish_sums<P, kRows, 1>(task, sums);
 }
 
+// body(constant<0>), body(constant<1>) and so on.
+template <int kCount, class Body>
+inline __attribute__((always_inline)) void for_constants(Body body) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) __attribute__((always_inline)) {
+    (body(std::integral_constant<int, kIndex>()), ...);
+  }(std::make_integer_sequence<int, kCount>());
+}
+
+// kRows pixels x kVectors groups, each of as many input and output channels as a vector holds.
+// Neighbouring groups share cache lines, which tiles of one group would fetch anew for each.
+template <class P, int kRows, int kVectors>
+__attribute__((noinline)) void narrow_tile(const TileTask<P>& task) {
+  constexpr int kWidth = P::V::kWidth;
+  Sums<P, kRows, kVectors> sums;
+  clear<P, kRows, kVectors>(sums);
+  const typename P::Weight* weight = task.weight;
+  for (int64_t t = 0; t < task.taps; ++t) {
+    const typename P::Element* input[kRows];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) input[i] = task.rows[t * task.row_stride + i] + task.offset;
+    for_constants<kWidth / P::kStep * P::kHalves>([&](auto product) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j, weight += P::kWeightsOfVector) {
+        const auto w = P::weight(weight);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+          const typename P::Element* x = input[i] + j * kWidth + product / P::kHalves * P::kStep;
+          sums[i][j] = P::multiply_add(P::input(x, product % P::kHalves), w, sums[i][j]);
+        }
+      }
+    });
+  }
+  finish_sums<P, kRows, kVectors>(task, sums);
+}
+
+// kRows pixels x one vector of groups of four input and four output channels.
+template <class P, int kRows>
+__attribute__((noinline)) void quads_tile(const TileTask<P>& task) {
+  using V = typename P::V;
+  Sums<P, kRows, 1> sums;
+  clear<P, kRows, 1>(sums);
+  const typename P::Weight* weight = task.weight;
+  for (int64_t t = 0; t < task.taps; ++t) {
+    typename V::Register input[kRows];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      input[i] = V::load(task.rows[t * task.row_stride + i] + task.offset);
+    }
+    for_constants<4>([&](auto channel) __attribute__((always_inline)) {
+      const auto w = P::weight(weight);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        const auto x = P::template of_each_quad<channel>(input[i]);
+        sums[i][0] = P::multiply_add(x, w, sums[i][0]);
+      }
+      weight += P::kWeightsOfVector;
+    });
+  }
+  finish_sums<P, kRows, 1>(task, sums);
+}
+
 // The tiles of 1 .. P::rows(vectors) pixels.
 template <class P, int kVectors, int... kRows>
 Tile<P> select_tile(int64_t rows, std::integer_sequence<int, kRows...>) {
@@ -233,6 +298,33 @@ template <class P, int... kRows>
 Tile<P> select_grouped_tile(int64_t rows, std::integer_sequence<int, kRows...>) {
   static constexpr Tile<P> kTiles[] = {grouped_tile<P, kRows + 1>...};
   return kTiles[rows - 1];
+}
+
+// The narrow tiles of 1 .. P::rows(vectors) pixels.
+template <class P, int kVectors, int... kRows>
+Tile<P> select_narrow_tile(int64_t rows, std::integer_sequence<int, kRows...>) {
+  static constexpr Tile<P> kTiles[] = {narrow_tile<P, kRows + 1, kVectors>...};
+  return kTiles[rows - 1];
+}
+
+template <class P>
+Tile<P> select_narrow_tile(int64_t rows, int64_t vectors) {
+  static_assert(P::kVectors == 2);
+  return vectors == 1
+             ? select_narrow_tile<P, 1>(rows, std::make_integer_sequence<int, P::rows(1)>())
+             : select_narrow_tile<P, 2>(rows, std::make_integer_sequence<int, P::rows(2)>());
+}
+
+template <class P, int... kRows>
+Tile<P> select_quads_tile(int64_t rows, std::integer_sequence<int, kRows...>) {
+  static constexpr Tile<P> kTiles[] = {quads_tile<P, kRows + 1>...};
+  return kTiles[rows - 1];
+}
+
+// The tiles of groups of four, of 1 .. P::rows(1) pixels.
+template <class P>
+Tile<P> select_quads_tile(int64_t rows) {
+  return select_quads_tile<P>(rows, std::make_integer_sequence<int, P::rows(1)>());
 }
 
 template <class P>
