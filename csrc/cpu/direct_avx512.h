@@ -13,7 +13,7 @@ struct DirectPolicy {
   using V = Vector;
   using Element = typename V::Element;
   static constexpr int kVectors = 4, kGroupedRows = 12;
-  static constexpr bool kNarrowTiles = false;
+  static constexpr bool kNarrowTiles = false, kSpreadFetches = true;
   static constexpr int rows(int64_t vectors) {
     constexpr int kRows[] = {14, 14, 9, 6};
     return kRows[vectors - 1];

@@ -292,13 +292,17 @@ class Run {
     task.relu_before_add = relu_before_add_;
     task.relu_after_add = relu_after_add_;
 
-    // The first tiles fetch the weights of the next slice, which lie behind those of this one.
-    const int64_t slice_bytes = taps.size() * steps.size() * step_bytes;
-    const int64_t fetched_by_tile = taps.size() * steps.size() * kCacheLine;
-    const char* next = reinterpret_cast<const char*>(weight) + slice_bytes;
-
     const int64_t most = layout_.grouped() ? P::kGroupedRows : P::rows(panel.vectors);
     const int64_t tiles = divide_up(count, most);
+
+    // The weights of the next slice, which lie behind those of this one, are fetched by the first
+    // tiles, a line beside each step, or by all tiles alike.
+    const int64_t slice_bytes = taps.size() * steps.size() * step_bytes;
+    const int64_t slice_lines = divide_up(slice_bytes, kCacheLine);
+    const int64_t tile_lines =
+        P::kSpreadFetches ? taps.size() * steps.size() : divide_up(slice_lines, tiles);
+    const char* next = reinterpret_cast<const char*>(weight) + slice_bytes;
+
     for (int64_t i = 0; i < tiles; ++i) {
       const Span rows = {count * i / tiles, count * (i + 1) / tiles};
       const int64_t out = (pixels.begin + rows.begin) * p_.k + panel.k;
@@ -307,9 +311,9 @@ class Run {
       task.residual =
           a_.residual == nullptr ? nullptr : static_cast<const Element*>(a_.residual) + out;
       task.y = static_cast<Element*>(a_.y) + out;
-      const bool fetches = i * fetched_by_tile < slice_bytes;
-      task.prefetch = next + (fetches ? i * fetched_by_tile : 0);
-      task.prefetch_step = fetches ? kCacheLine : 0;
+      const bool fetches = i * tile_lines < slice_lines;
+      task.prefetch = next + (fetches ? i * tile_lines * kCacheLine : 0);
+      task.prefetch_lines = fetches ? tile_lines : 0;
       select(rows.size(), panel.vectors)(task);
     }
   }

@@ -42,7 +42,7 @@ struct Direct {
   using Weight = float;
   using Lanes = int32_t __attribute__((vector_size(16)));
   static constexpr int kVectors = 2, kGroupedRows = 4, kWeightsOfVector = 4, kStep = 1, kHalves = 1;
-  static constexpr bool kNarrowTiles = false;
+  static constexpr bool kNarrowTiles = false, kSpreadFetches = true;
   static constexpr int rows(int64_t) { return 4; }
   static Float4 zero() { return Float4{}; }
   static void store_sum(float* p, Float4 v) { std::memcpy(p, &v, sizeof(v)); }

@@ -8,11 +8,11 @@
 //   P::kHalves            multiplications for them
 //   P::kWeightsOfVector   weights that one of these multiplies with one vector of sums
 //   P::kVectors           vectors of output channels in a panel
-//   P::rows(vectors)      pixels of a tile that is so many vectors wide, by what registers there
-//   are P::kGroupedRows       pixels of a grouped tile, which holds their input in registers too,
-//   and of
-//                         tiles that hold their weights there
-//   P::kKeepsWeights      whether there are tiles that hold weights in registers
+//   P::kSpreadFetches     whether weights are fetched into caches beside each step; if not, steps
+//                         are unrolled, with little beside the multiplications
+//   P::rows(vectors)      pixels of a tile that is so many vectors wide, by its registers
+//   P::kGroupedRows       pixels of a grouped tile, whose input is in registers too
+//   P::kNarrowTiles       whether it has tiles of groups as wide as a vector or four channels wide
 //   P::zero, P::weight    an empty sum; a vector of weights
 //   P::input<half>        input channels of one step, the same in each lane
 //   P::last_input<half>   the same for a last step that lacks channels
@@ -45,7 +45,7 @@ struct TileTask {
   int64_t channels;                  // at each tap
   const typename P::Weight* weight;  // of this slice
   const char* prefetch;              // what follows in memory, or what comes next
-  int64_t prefetch_step;             // bytes a step
+  int64_t prefetch_lines;            // how many cache lines of it
 
   // Only of grouped tiles, see there.
   const int32_t* lanes;
@@ -176,19 +176,32 @@ __attribute__((noinline)) void tile(const TileTask<P>& task) {
   clear<P, kRows, kVectors>(sums);
   const typename P::Weight* weight = task.weight;
   const char* prefetch = task.prefetch;
+  const int64_t prefetch_step = task.prefetch_lines > 0 ? kLine : 0;
+  if constexpr (!P::kSpreadFetches) {
+    for (int64_t i = 0; i < task.prefetch_lines; ++i) {
+      __builtin_prefetch(prefetch + i * kLine, 0, 2);
+    }
+  }
   const int64_t complete = task.channels - task.channels % P::kStep;
   for (int64_t t = 0; t < task.taps; ++t) {
     const typename P::Element* input[kRows];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) input[i] = task.rows[t * task.row_stride + i] + task.offset;
-    for (int64_t c = 0; c < complete; c += P::kStep, weight += kStepWeights) {
-      __builtin_prefetch(prefetch, 0, 2);
-      prefetch += task.prefetch_step;
+    if constexpr (P::kSpreadFetches) {
+      for (int64_t c = 0; c < complete; c += P::kStep, weight += kStepWeights) {
+        __builtin_prefetch(prefetch, 0, 2);
+        prefetch += prefetch_step;
 #pragma GCC unroll 8
-      for (int b = 0; b < static_cast<int>(kStepWeights * sizeof(*weight)); b += kLine) {
-        __builtin_prefetch(reinterpret_cast<const char*>(weight) + kAhead + b, 0, 3);
+        for (int b = 0; b < static_cast<int>(kStepWeights * sizeof(*weight)); b += kLine) {
+          __builtin_prefetch(reinterpret_cast<const char*>(weight) + kAhead + b, 0, 3);
+        }
+        step<P, kRows, kVectors, true>(sums, input, c, weight);
       }
-      step<P, kRows, kVectors, true>(sums, input, c, weight);
+    } else {
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < complete; c += P::kStep, weight += kStepWeights) {
+        step<P, kRows, kVectors, true>(sums, input, c, weight);
+      }
     }
     if (complete < task.channels) {
       step<P, kRows, kVectors, false>(sums, input, complete, weight);
