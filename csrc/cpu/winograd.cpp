@@ -137,6 +137,9 @@ void transform_filter(const double (&g)[3][3], double* u) {
 // of the widest registers.
 constexpr int32_t kFewestChannels = 16;
 
+// Of the cache that cores share: what a block may take on any server CPU.
+constexpr int64_t kSharedCache = int64_t{16} << 20;
+
 class WinogradKernel final : public ConvKernel {
  public:
   WinogradKernel(const char* name, int m, bool compact, const WinogradCode& float32,
@@ -286,15 +289,18 @@ WinogradPlan WinogradKernel::plan_of(const ConvProblem& p, Element element, int 
   const int64_t even = threads == 1 ? fitting : divide_up(tiles, blocks_of_thread * threads);
   const int64_t alone = std::max<int64_t>(std::min(fitting, even), 2 * code.rows);
   const int64_t alone_blocks = round_up(divide_up(tiles, alone), threads);
-  // Together, V and M of a block lie in the caches of all cores and in the one they share.
+  // Weights that every block transforms anew count as what they become, wherever they lie.
+  const int64_t weights = (compact_ ? 4 : 1) * static_cast<int64_t>(packed_bytes(p, element));
+  // Together, V and M of a block lie in the caches of all cores and in the one they share: in more
+  // of that where the weights, which pass once for every block, are too many to stay.
   const int64_t together_tile = v_tile + m_tile * panels;
-  const int64_t together = std::max<int64_t>(4 * cache * threads / together_tile, 2 * code.rows);
+  const int64_t own = 4 * cache * threads;
+  const int64_t shared = weights > own ? std::max(own, kSharedCache) : own;
+  const int64_t together = std::max<int64_t>(shared / together_tile, 2 * code.rows);
   const int64_t together_blocks = divide_up(tiles, together);
 
   // What each way moves between a thread and the memory beyond its own cache: the weights once for
   // every block, unless they stay; and together also V and M, written and read.
-  // Weights that every block transforms anew count as what they become, wherever they lie.
-  const int64_t weights = (compact_ ? 4 : 1) * static_cast<int64_t>(packed_bytes(p, element));
   const bool weights_stay = !compact_ && weights <= cache / 2;
   const int64_t alone_bytes = weights * (weights_stay ? 1 : alone_blocks / threads);
   const int64_t together_bytes =

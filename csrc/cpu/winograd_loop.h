@@ -49,7 +49,7 @@ struct Ahead {
 };
 
 constexpr int64_t kLineBytes = kLine * static_cast<int64_t>(sizeof(float));
-constexpr int kFetchSteps = 4;  // of a product, from one group of fetches to the next
+constexpr int kFetchSteps = 8;  // of a product, from one group of fetches to the next
 
 // c[kRows][kColumns vectors] = a b, or += with `add`: then the sum of these steps is rounded by
 // itself first, which keeps the error of long sums small. Row r of a: `depth_steps` steps of kDepth
@@ -65,26 +65,29 @@ void multiply_tile(int64_t depth_steps, const typename Math::Operand* a, int64_t
   unroll<kRows>([&](auto r) __attribute__((always_inline)) {
     unroll<kColumns>([&](auto v) __attribute__((always_inline)) { sums[r][v] = Math::zero(); });
   });
-  const auto step = [&]() __attribute__((always_inline)) {
+  const typename Math::Operand* rows[kRows];
+  unroll<kRows>([&](auto r) __attribute__((always_inline)) { rows[r] = a + r * lda; });
+  const auto step = [&](int64_t k, const typename Math::Operand* b) __attribute__((always_inline)) {
     typename Math::Pair columns[kColumns];
     unroll<kColumns>([&](auto v) __attribute__((always_inline)) {
       columns[v] = Math::load_columns(b + v * kWidth * Math::kDepth);
     });
     unroll<kRows>([&](auto r) __attribute__((always_inline)) {
-      const typename Math::Pair row = Math::broadcast(a + r * lda);
+      const typename Math::Pair row = Math::broadcast(rows[r] + k);
       unroll<kColumns>([&](auto v) __attribute__((always_inline)) {
         sums[r][v] = Math::accumulate(row, columns[v], sums[r][v]);
       });
     });
-    a += Math::kDepth;
-    b += kPanel * Math::kDepth;
   };
+  const int64_t depth = depth_steps * Math::kDepth;
+  constexpr int64_t kTurn = kFetchSteps * Math::kDepth, kWeights = kPanel * Math::kDepth;
   int64_t k = 0;
-  for (; k + kFetchSteps <= depth_steps; k += kFetchSteps) {
+  for (int64_t end = kTurn; end <= depth; end += kTurn) {
     for (int64_t i = 0; i < lines; ++i, ahead += kLineBytes) __builtin_prefetch(ahead, 0, 2);
-    unroll<kFetchSteps>([&](auto) __attribute__((always_inline)) { step(); });
+#pragma GCC unroll 4
+    for (; k < end; k += Math::kDepth, b += kWeights) step(k, b);
   }
-  for (; k < depth_steps; ++k) step();
+  for (; k < depth; k += Math::kDepth, b += kWeights) step(k, b);
   unroll<kRows>([&](auto r) __attribute__((always_inline)) {
     unroll<kColumns>([&](auto v) __attribute__((always_inline)) {
       float* at = c + r * kPanel + v * kWidth;
@@ -273,6 +276,10 @@ class Winograd {
     const Element* image =
         static_cast<const Element*>(arguments_.x) + tile.image * (p_.h * row_stride) + c;
     const bool inside = y >= 0 && y + tile.height + 2 <= p_.h;
+    // The columns that the tile to the right reads anew are fetched beside this one's, a line at
+    // its first channel.
+    const bool fetches = c % (kLineBytes / int64_t{sizeof(Element)}) == 0;
+    const int64_t next_tile = int64_t{P::kTile} * p_.c;
     Register half[kPoints][kPoints];  // B d: [point along y][column]
     dispatch_size<P::kTile>(tile.height, [&](auto height) __attribute__((always_inline)) {
       constexpr int kPatch = height + 2;
@@ -285,6 +292,11 @@ class Winograd {
         }
         if (inside) {
           const Element* pixel = image + y * row_stride + column * p_.c;
+          if (fetches && j >= 2) {
+            unroll<kPatch>([&](auto i) __attribute__((always_inline)) {
+              __builtin_prefetch(pixel + i * row_stride + next_tile, 0, 3);
+            });
+          }
           unroll<kPatch>([&](auto i) __attribute__((always_inline)) {
             d[i] = load<Vec>(pixel + i * row_stride, count);
           });
@@ -300,14 +312,14 @@ class Winograd {
         unroll<kPatch>([&](auto i) __attribute__((always_inline)) { half[i][j] = t[i]; });
       }
     });
+    const int64_t point_stride = plan_.v_point_stride;  // read once, not anew after each store
     dispatch_size<P::kTile>(tile.width, [&](auto width) __attribute__((always_inline)) {
       constexpr int kPatch = width + 2;
-      for (int i = 0; i < tile.height + 2; ++i) {
+      for (int i = 0; i < tile.height + 2; ++i, v += kPoints * point_stride) {
         Register t[kPatch];
         transform<Math, InputMatrix<P, width>>(half[i], t);
-        Operand* out = v + i * kPoints * plan_.v_point_stride;
         unroll<kPatch>([&](auto j) __attribute__((always_inline)) {
-          Math::store_operand(out + j * plan_.v_point_stride, t[j]);
+          Math::store_operand(v + j * point_stride, t[j]);
         });
       }
     });
@@ -430,59 +442,67 @@ class Winograd {
     const int64_t group = panel / plan_.panels;
     const int64_t column = (panel - group * plan_.panels) * kPanel;
     const int vectors = panel_vectors(panel);
-    for (int64_t t = part.begin; t < part.end; ++t) {
-      const Tile tile = plan_.grid.tile(tiles.begin + t);
-      const float* m = m_rows(panel, 0, t);
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t first = column + v * kWidth, left = plan_.outputs - first;
-        const int64_t k = group * plan_.outputs + first;
-        if (left >= kWidth) {
-          transform_output(tile, m + v * kWidth, k, kWidth);
-        } else {
-          transform_output(tile, m + v * kWidth, k, left);
+    dispatch_epilogue(p_.epilogue, [&](auto epilogue) __attribute__((always_inline)) {
+      for (int64_t t = part.begin; t < part.end; ++t) {
+        const Tile tile = plan_.grid.tile(tiles.begin + t);
+        const float* m = m_rows(panel, 0, t);
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t first = column + v * kWidth, left = plan_.outputs - first;
+          const int64_t k = group * plan_.outputs + first;
+          if (left >= kWidth) {
+            transform_output<decltype(epilogue)>(tile, m + v * kWidth, k, kWidth);
+          } else {
+            transform_output<decltype(epilogue)>(tile, m + v * kWidth, k, left);
+          }
         }
       }
-    }
+    });
   }
 
-  // `count` <= kWidth output channels of one tile, from channel k on.
-  FUSED_RESNET_INLINE void transform_output(const Tile& tile, const float* m, int64_t k,
-                                            int64_t count) const {
-    Register half[P::kTile][kPoints];  // A M: [row][point along x]
+  using Half = Register[P::kTile][kPoints];  // A M: [row][point along x]
+
+  // Not inlined, since it is the same for every epilogue.
+  __attribute__((noinline)) void transform_columns(const Tile& tile, const float* m,
+                                                   Half& half) const {
+    const int64_t point_stride = plan_.m_point_stride;
     dispatch_size<P::kTile>(tile.height, [&](auto height) __attribute__((always_inline)) {
-      for (int j = 0; j < tile.width + 2; ++j) {
+      for (int j = 0; j < tile.width + 2; ++j, m += point_stride) {
         Register column[height + 2], t[height];
         unroll<height + 2>([&](auto i) __attribute__((always_inline)) {
-          column[i] = Math::load_param(m + (i * kPoints + j) * plan_.m_point_stride);
+          column[i] = Math::load_param(m + i * kPoints * point_stride);
         });
         cpu::transform_output<Math, P, height>(column, t);
         unroll<height>([&](auto i) __attribute__((always_inline)) { half[i][j] = t[i]; });
       }
     });
+  }
+
+  // `count` <= kWidth output channels of one tile, from channel k on.
+  template <class Functor>
+  FUSED_RESNET_INLINE void transform_output(const Tile& tile, const float* m, int64_t k,
+                                            int64_t count) const {
+    Half half;
+    transform_columns(tile, m, half);
     const Register scale = load_param<Math>(arguments_.scale + k, count);
     const Register shift = load_param<Math>(arguments_.shift + k, count);
-    const int64_t offset =
-        ((int64_t{tile.image} * p_.out_h + tile.y) * p_.out_w + tile.x) * p_.k + k;
-    dispatch_epilogue(p_.epilogue, [&](auto epilogue) __attribute__((always_inline)) {
-      using Functor = decltype(epilogue);
-      dispatch_size<P::kTile>(tile.width, [&](auto width) __attribute__((always_inline)) {
-        for (int i = 0; i < tile.height; ++i) {
-          Register t[width];
-          cpu::transform_output<Math, P, width>(half[i], t);
-          const int64_t row = offset + i * (int64_t{p_.out_w} * p_.k);
-          unroll<width>([&](auto j) __attribute__((always_inline)) {
-            const int64_t at = row + j * p_.k;
-            Register z = Math::multiply_add(t[j], scale, shift);
-            if constexpr (Functor::kReluFirst) z = Math::relu(z);
-            if constexpr (Functor::kReadsResidual) {
-              const auto* residual = static_cast<const Element*>(arguments_.residual);
-              z = Math::add(z, load<Vec>(residual + at, count));
-            }
-            if constexpr (Functor::kReluLast) z = Math::relu(z);
-            store<Vec>(static_cast<Element*>(arguments_.y) + at, z, count);
-          });
-        }
-      });
+    const int64_t pixel_stride = p_.k, row_stride = p_.out_w * pixel_stride;
+    int64_t row =
+        (int64_t{tile.image} * p_.out_h + tile.y) * row_stride + tile.x * pixel_stride + k;
+    const auto* residual = static_cast<const Element*>(arguments_.residual);
+    auto* y = static_cast<Element*>(arguments_.y);
+    dispatch_size<P::kTile>(tile.width, [&](auto width) __attribute__((always_inline)) {
+      for (int i = 0; i < tile.height; ++i, row += row_stride) {
+        Register t[width];
+        cpu::transform_output<Math, P, width>(half[i], t);
+        unroll<width>([&](auto j) __attribute__((always_inline)) {
+          const int64_t at = row + j * pixel_stride;
+          Register z = Math::multiply_add(t[j], scale, shift);
+          if constexpr (Functor::kReluFirst) z = Math::relu(z);
+          if constexpr (Functor::kReadsResidual) z = Math::add(z, load<Vec>(residual + at, count));
+          if constexpr (Functor::kReluLast) z = Math::relu(z);
+          store<Vec>(y + at, z, count);
+        });
+      }
     });
   }
 
