@@ -248,6 +248,8 @@ class Run {
                pixels.begin, pixels.size(), table);
     for (int64_t index = panels.begin; index < panels.end; ++index) {
       const Panel panel = layout_.panel(index);
+      // Other panels find in a cache what the first of a group has read.
+      const bool input_is_new = index == 0 || panel.c != layout_.panel(index - 1).c;
       // Slices of the reduction: several taps, or a part of one.
       const int64_t steps = layout_.steps(), step = layout_.grouped() ? 1 : P::kStep;
       const int64_t most = max(1, kSliceChannels / step);
@@ -259,13 +261,14 @@ class Run {
                                  layout_.taps * (i + 1) / tap_slices};
         for (int64_t j = 0; j < step_slices; ++j) {
           slice(pixels, panel, slice_taps, {steps * j / step_slices, steps * (j + 1) / step_slices},
-                i == 0 && j == 0, i + 1 == tap_slices && j + 1 == step_slices);
+                i == 0 && j == 0, i + 1 == tap_slices && j + 1 == step_slices, input_is_new);
         }
       }
     }
   }
 
-  void slice(Span pixels, const Panel& panel, Span taps, Span steps, bool first, bool last) {
+  void slice(Span pixels, const Panel& panel, Span taps, Span steps, bool first, bool last,
+             bool input_is_new) {
     const int64_t step_bytes = layout_.step_bytes(panel.vectors);
     const std::byte* packed = static_cast<const std::byte*>(a_.weight);
     const std::byte* weight = packed + layout_.lanes_bytes() + panel.weight +
@@ -307,6 +310,8 @@ class Run {
       const Span rows = {count * i / tiles, count * (i + 1) / tiles};
       const int64_t out = (pixels.begin + rows.begin) * p_.k + panel.k;
       task.rows = table + taps.begin * count + rows.begin;
+      const bool fetches_input = input_is_new && i + 1 < tiles;
+      task.next_rows = fetches_input ? task.rows + min(rows.size(), count - rows.end) : nullptr;
       task.sums = sums + rows.begin * panel.vectors * Layout<P>::kWidth;
       task.residual =
           a_.residual == nullptr ? nullptr : static_cast<const Element*>(a_.residual) + out;

@@ -9,7 +9,8 @@
 //   P::kWeightsOfVector   weights that one of these multiplies with one vector of sums
 //   P::kVectors           vectors of output channels in a panel
 //   P::kSpreadFetches     whether weights are fetched into caches beside each step; if not, steps
-//                         are unrolled, with little beside the multiplications
+//                         are unrolled, with little beside the multiplications, and fetched are
+//                         the next tile's input and this one's residual and output
 //   P::rows(vectors)      pixels of a tile that is so many vectors wide, by its registers
 //   P::kGroupedRows       pixels of a grouped tile, whose input is in registers too
 //   P::kNarrowTiles       whether it has tiles of groups as wide as a vector or four channels wide
@@ -29,6 +30,7 @@
 #include <utility>
 
 #include "conv_problem.h"
+#include "cpu/span.h"
 #include "cpu/vec_loop.h"
 
 namespace fused_resnet::cpu {
@@ -39,6 +41,8 @@ template <class P>
 struct TileTask {
   // x of pixel i at tap t: [row_stride * t + i], then `offset` elements on.
   const typename P::Element* const* rows;
+  // Of as many pixels that the next tile reads, where they are not in a cache yet; else null.
+  const typename P::Element* const* next_rows;
   int64_t row_stride;
   int64_t taps;
   int64_t offset;
@@ -77,6 +81,26 @@ inline __attribute__((always_inline)) void clear(Sums<P, kRows, kVectors>& sums)
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) sums[i][j] = P::zero();
+  }
+}
+
+// Fetches what finish_sums reads and writes in the end: a store waits for its cache line, too.
+template <class P, int kRows, int kVectors>
+inline __attribute__((always_inline)) void fetch_outputs(const TileTask<P>& task) {
+  if (P::kSpreadFetches || !task.last) return;
+  constexpr int kBytes = kVectors * P::V::kWidth * static_cast<int>(sizeof(typename P::Element));
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    const auto* y = reinterpret_cast<const char*>(task.y + i * task.y_stride);
+#pragma GCC unroll 4
+    for (int b = 0; b < kBytes; b += kCacheLine) __builtin_prefetch(y + b, 1, 3);
+  }
+  if (task.residual == nullptr) return;
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    const auto* residual = reinterpret_cast<const char*>(task.residual + i * task.y_stride);
+#pragma GCC unroll 4
+    for (int b = 0; b < kBytes; b += kCacheLine) __builtin_prefetch(residual + b, 0, 3);
   }
 }
 
@@ -165,23 +189,49 @@ inline __attribute__((always_inline)) void step(Sums<P, kRows, kVectors>& sums,
   }
 }
 
+// All complete steps of one tap, with little beside the multiplications. Where `next` gives the
+// rows of the next tile, `offset` elements before its input, lines of that are fetched as those of
+// this tile are used.
+template <class P, int kRows, int kVectors>
+inline __attribute__((always_inline)) void unrolled_steps(
+    Sums<P, kRows, kVectors>& sums, const typename P::Element* const* input, int64_t channels,
+    const typename P::Weight* weight, const typename P::Element* const* next, int64_t offset) {
+  constexpr int64_t kStepWeights = P::kHalves * kVectors * P::kWeightsOfVector;
+  constexpr int64_t kLineChannels = kCacheLine / sizeof(typename P::Element);
+  int64_t c = 0;
+  if (next != nullptr) {
+    for (int64_t end = kLineChannels; end <= channels; end += kLineChannels) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) __builtin_prefetch(next[i] + offset + c, 0, 3);
+#pragma GCC unroll 4
+      for (; c < end; c += P::kStep, weight += kStepWeights) {
+        step<P, kRows, kVectors, true>(sums, input, c, weight);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (; c < channels; c += P::kStep, weight += kStepWeights) {
+    step<P, kRows, kVectors, true>(sums, input, c, weight);
+  }
+}
+
 // kRows pixels x kVectors vectors of output channels of one group.
 template <class P, int kRows, int kVectors>
 __attribute__((noinline)) void tile(const TileTask<P>& task) {
   constexpr int kStepWeights = P::kHalves * kVectors * P::kWeightsOfVector;
   // Weights are fetched into the first-level cache so many bytes before they are multiplied.
   constexpr int64_t kAhead = 2048;
-  constexpr int kLine = 64;
   Sums<P, kRows, kVectors> sums;
   clear<P, kRows, kVectors>(sums);
   const typename P::Weight* weight = task.weight;
   const char* prefetch = task.prefetch;
-  const int64_t prefetch_step = task.prefetch_lines > 0 ? kLine : 0;
+  const int64_t prefetch_step = task.prefetch_lines > 0 ? kCacheLine : 0;
   if constexpr (!P::kSpreadFetches) {
     for (int64_t i = 0; i < task.prefetch_lines; ++i) {
-      __builtin_prefetch(prefetch + i * kLine, 0, 2);
+      __builtin_prefetch(prefetch + i * kCacheLine, 0, 2);
     }
   }
+  fetch_outputs<P, kRows, kVectors>(task);
   const int64_t complete = task.channels - task.channels % P::kStep;
   for (int64_t t = 0; t < task.taps; ++t) {
     const typename P::Element* input[kRows];
@@ -192,16 +242,16 @@ __attribute__((noinline)) void tile(const TileTask<P>& task) {
         __builtin_prefetch(prefetch, 0, 2);
         prefetch += prefetch_step;
 #pragma GCC unroll 8
-        for (int b = 0; b < static_cast<int>(kStepWeights * sizeof(*weight)); b += kLine) {
+        for (int b = 0; b < static_cast<int>(kStepWeights * sizeof(*weight)); b += kCacheLine) {
           __builtin_prefetch(reinterpret_cast<const char*>(weight) + kAhead + b, 0, 3);
         }
         step<P, kRows, kVectors, true>(sums, input, c, weight);
       }
     } else {
-#pragma GCC unroll 4
-      for (int64_t c = 0; c < complete; c += P::kStep, weight += kStepWeights) {
-        step<P, kRows, kVectors, true>(sums, input, c, weight);
-      }
+      const typename P::Element* const* next = task.next_rows;
+      if (next != nullptr) next += t * task.row_stride;
+      unrolled_steps<P, kRows, kVectors>(sums, input, complete, weight, next, task.offset);
+      weight += complete / P::kStep * kStepWeights;
     }
     if (complete < task.channels) {
       step<P, kRows, kVectors, false>(sums, input, complete, weight);
@@ -219,6 +269,7 @@ __attribute__((noinline)) void grouped_tile(const TileTask<P>& task) {
   using V = typename P::V;
   Sums<P, kRows, 1> sums;
   clear<P, kRows, 1>(sums);
+  fetch_outputs<P, kRows, 1>(task);
   const float* weight = reinterpret_cast<const float*>(task.weight);
   for (int64_t t = 0; t < task.taps; ++t) {
     typename V::Register input[kRows];
@@ -253,6 +304,7 @@ __attribute__((noinline)) void narrow_tile(const TileTask<P>& task) {
   constexpr int kWidth = P::V::kWidth;
   Sums<P, kRows, kVectors> sums;
   clear<P, kRows, kVectors>(sums);
+  fetch_outputs<P, kRows, kVectors>(task);
   const typename P::Weight* weight = task.weight;
   for (int64_t t = 0; t < task.taps; ++t) {
     const typename P::Element* input[kRows];
@@ -279,6 +331,7 @@ __attribute__((noinline)) void quads_tile(const TileTask<P>& task) {
   using V = typename P::V;
   Sums<P, kRows, 1> sums;
   clear<P, kRows, 1>(sums);
+  fetch_outputs<P, kRows, 1>(task);
   const typename P::Weight* weight = task.weight;
   for (int64_t t = 0; t < task.taps; ++t) {
     typename V::Register input[kRows];
