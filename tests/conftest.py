@@ -32,6 +32,11 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that the Triton interpreter runs first, lest one process ends alone with a long one."""
+    items.sort(key=lambda item: item.path.name != "test_triton_interpreted.py")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     # Test processes run side by side; small problems gain nothing from threads anyhow. Said for
