@@ -91,6 +91,9 @@ LARGE = {
     "groups_of_8": {"n": 2, "c": 88, "k": 88, "h": 9, "w": 10, "groups": 11, "stride": (1, 2)},
     "slices_of_groups_of_8": {"n": 1, "c": 24, "k": 24, "r": 7, "padding": (3, 3), "groups": 3},
     "resnext_wide": {"n": 1, "c": 256, "k": 256, "h": 7, "w": 7, "groups": 8},
+    # Blocks begin in rows whose windows lie beneath an image.
+    "padding": {"n": 4, "c": 16, "k": 9, "h": 3, "w": 3, "r": 1, "padding": (5, 6)},
+    "strides": {"n": 2, "c": 24, "k": 40, "h": 31, "w": 30, "r": 2, "stride": (3, 2)},
     "linear": {"n": 3, "c": 512, "k": 1000, "h": 1, "w": 1, "r": 1, "padding": (0, 0)},
 }
 

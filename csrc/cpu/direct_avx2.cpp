@@ -13,8 +13,9 @@ template <class Vector>
 struct DirectPolicy {
   using V = Vector;
   using Element = typename V::Element;
+  using Input = float;
   using Weight = float;
-  static constexpr int kVectors = 2, kGroupedRows = 6, kWeightsOfVector = 8;
+  static constexpr int kVectors = 2, kGroupedRows = 6, kWeightsOfVector = 8, kStep = 1;
   static constexpr bool kNarrowTiles = true;
   // A fetch for every 12 multiplications is too many where a thread shares its core with another
   // and has half of the core's slots for instructions.
@@ -30,30 +31,13 @@ struct DirectPolicy {
   static __m256 of_each_quad(__m256 v) {
     return _mm256_permute_ps(v, kLane * 0b01010101);
   }
+  static __m256 input(const float* p) { return _mm256_broadcast_ss(p); }
   static __m256 weight(const float* p) { return _mm256_loadu_ps(p); }
   static __m256 multiply_add(__m256 x, __m256 w, __m256 sum) { return _mm256_fmadd_ps(x, w, sum); }
 };
 
-struct DirectFloat32 : DirectPolicy<Float32> {
-  static constexpr int kStep = 1, kHalves = 1;
-  static __m256 input(const float* p, int) { return _mm256_broadcast_ss(p); }
-  static __m256 last_input(const float* p, int half) { return input(p, half); }
-};
-
-// A pair of channels is fetched at once; each is then half a register away from being fp32.
-struct DirectBFloat16 : DirectPolicy<BFloat16> {
-  static constexpr int kStep = 2, kHalves = 2;
-  static __m256 input(const uint16_t* p, int half) {
-    int32_t pair;
-    std::memcpy(&pair, p, sizeof(pair));
-    const __m256i both = _mm256_set1_epi32(pair);
-    return _mm256_castsi256_ps(half == 0 ? _mm256_slli_epi32(both, 16)
-                                         : _mm256_and_si256(both, _mm256_set1_epi32(0xffff0000)));
-  }
-  static __m256 last_input(const uint16_t* p, int half) {
-    return half == 0 ? _mm256_castsi256_ps(_mm256_set1_epi32(*p << 16)) : zero();
-  }
-};
+using DirectFloat32 = DirectPolicy<Float32>;
+using DirectBFloat16 = DirectPolicy<BFloat16>;
 
 }  // namespace
 }  // namespace avx2

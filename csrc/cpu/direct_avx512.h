@@ -24,12 +24,14 @@ struct DirectPolicy {
   static __m512 permute(__m512 v, __m512i lanes) { return _mm512_permutexvar_ps(lanes, v); }
 };
 
-struct DirectFloat32 : DirectPolicy<Float32> {
+// Sums of fp32 products; bf16 is widened before.
+template <class Vector>
+struct DirectFloat : DirectPolicy<Vector> {
+  using Input = float;
   using Weight = float;
-  static constexpr int kStep = 1, kHalves = 1, kWeightsOfVector = 16;
+  static constexpr int kStep = 1, kWeightsOfVector = 16;
   static __m512 weight(const float* p) { return _mm512_loadu_ps(p); }
-  static __m512 input(const float* p, int) { return _mm512_set1_ps(*p); }
-  static __m512 last_input(const float* p, int half) { return input(p, half); }
+  static __m512 input(const float* p) { return _mm512_set1_ps(*p); }
   static __m512 multiply_add(__m512 x, __m512 w, __m512 sum) { return _mm512_fmadd_ps(x, w, sum); }
 };
 

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "cpu/direct.h"
+#include "cpu/direct_input.h"
 #include "cpu/direct_tile.h"
 #include "cpu/span.h"
 #include "cpu/vec_generic.h"
@@ -67,7 +68,7 @@ class Layout {
   // Bytes of the weights of one step for so many vectors.
   int64_t step_bytes(int64_t vectors) const {
     if (grouped()) return kWidth * sizeof(float);
-    return P::kHalves * vectors * P::kWeightsOfVector * sizeof(typename P::Weight);
+    return vectors * P::kWeightsOfVector * sizeof(typename P::Weight);
   }
 
   int64_t lanes_bytes() const { return grouped() ? align_line(c * kWidth * sizeof(int32_t)) : 0; }
@@ -131,20 +132,16 @@ void pack_grouped(const Layout<P>& layout, std::byte* packed, Fetch fetch) {
 template <class P, class Fetch>
 void pack_panels(const Layout<P>& layout, std::byte* packed, Fetch fetch) {
   constexpr int64_t kWidth = Layout<P>::kWidth;
-  constexpr int64_t kPair = P::kStep / P::kHalves;  // channels beside each other in a lane
   for (int64_t index = 0; index < layout.panels(); ++index) {
     const Panel panel = layout.panel(index);
     auto* out = reinterpret_cast<typename P::Weight*>(packed + panel.weight);
     for (int64_t tap = 0; tap < layout.taps; ++tap) {
       for (int64_t c0 = 0; c0 < layout.c; c0 += P::kStep) {
-        for (int64_t half = 0; half < P::kHalves; ++half) {
-          for (int64_t lane = 0; lane < panel.vectors * kWidth; ++lane) {
-            for (int64_t pair = 0; pair < kPair; ++pair) {
-              const int64_t c = c0 + half * kPair + pair;
-              const bool inside = lane < panel.channels && c < layout.c;
-              *out++ = inside ? convert<typename P::Weight>(fetch(panel.k + lane, c, tap))
-                              : typename P::Weight{};
-            }
+        for (int64_t lane = 0; lane < panel.vectors * kWidth; ++lane) {
+          for (int64_t c = c0; c < c0 + P::kStep; ++c) {
+            const bool inside = lane < panel.channels && c < layout.c;
+            *out++ = inside ? convert<typename P::Weight>(fetch(panel.k + lane, c, tap))
+                            : typename P::Weight{};
           }
         }
       }
@@ -168,7 +165,7 @@ int64_t block_rows(const ConvProblem& p) {
   constexpr int64_t kInputBytes = 512 << 10, kMost = 192, kTableEntries = 8192;
   const int64_t taps = int64_t{p.r} * p.s;
   const int64_t pixels = taps == 1 ? 1 : int64_t{p.stride_h} * p.stride_w;
-  const int64_t pixel_bytes = pixels * p.c * static_cast<int64_t>(sizeof(typename P::Element));
+  const int64_t pixel_bytes = pixels * p.c * static_cast<int64_t>(sizeof(typename P::Input));
   const int64_t least = 4 * P::rows(P::kVectors);
   const int64_t rows = max(least, min(kMost, kInputBytes / pixel_bytes));
   return max(P::rows(P::kVectors), min(rows, kTableEntries / taps));
@@ -179,44 +176,12 @@ template <class P>
 struct Scratch {
   explicit Scratch(const ConvProblem& p) {
     const int64_t rows = block_rows<P>(p);
-    sums = align_line(p.c * static_cast<int64_t>(sizeof(typename P::Element)));
-    table = sums + align_line(rows * P::kVectors * P::V::kWidth * sizeof(float));
-    bytes = table + align_line(rows * p.r * p.s * sizeof(void*));
+    sums = align_line(BlockInput<P>::bytes(p, rows));
+    bytes = sums + align_line(rows * P::kVectors * P::V::kWidth * sizeof(float));
   }
 
-  int64_t sums, table, bytes;  // a pixel of zeros lies before the sums
+  int64_t sums, bytes;  // the input lies before the sums
 };
-
-// The table of a block: where output pixel `first + i` reads its channels at tap t, as
-// table[t * count + i]. Pixels beyond the border read `zeros`.
-template <class Element>
-void fill_table(const ConvProblem& p, const Element* x, const Element* zeros, int64_t first,
-                int64_t count, const Element** table) {
-  const int64_t out_image = int64_t{p.out_h} * p.out_w;
-  int64_t n = first / out_image;
-  int64_t oh = first % out_image / p.out_w, ow = first % p.out_w;
-  for (int64_t i = 0; i < count; ++i) {
-    const Element* image = x + n * p.h * p.w * p.c;
-    const int64_t h0 = oh * p.stride_h - p.padding_h, w0 = ow * p.stride_w - p.padding_w;
-    const Element** entry = table + i;
-    for (int64_t r = 0; r < p.r; ++r) {
-      const int64_t h = h0 + r * p.dilation_h;
-      const Element* row = image + h * p.w * p.c;
-      for (int64_t s = 0; s < p.s; ++s, entry += count) {
-        const int64_t w = w0 + s * p.dilation_w;
-        const bool inside = h >= 0 && h < p.h && w >= 0 && w < p.w;
-        *entry = inside ? row + w * p.c : zeros;
-      }
-    }
-    if (++ow == p.out_w) {
-      ow = 0;
-      if (++oh == p.out_h) {
-        oh = 0;
-        ++n;
-      }
-    }
-  }
-}
 
 template <class P>
 class Run {
@@ -224,11 +189,14 @@ class Run {
   using Element = typename P::Element;
 
   Run(const ConvProblem& problem, const ConvArguments& arguments, std::byte* scratch)
-      : p_(problem), a_(arguments), layout_(problem), parts_(problem), scratch_(scratch) {
+      : p_(problem),
+        a_(arguments),
+        layout_(problem),
+        input_(problem, arguments.x, block_rows<P>(problem), scratch),
+        sums_(reinterpret_cast<float*>(scratch + Scratch<P>(problem).sums)) {
     const Epilogue e = p_.epilogue;
     relu_before_add_ = e == Epilogue::kRelu || e == Epilogue::kReluAddRelu;
     relu_after_add_ = e == Epilogue::kAddRelu || e == Epilogue::kReluAddRelu;
-    std::memset(scratch_, 0, static_cast<size_t>(p_.c) * sizeof(Element));
   }
 
   // Pixels x panels.
@@ -243,13 +211,12 @@ class Run {
 
  private:
   void block(Span pixels, Span panels) {
-    auto** table = reinterpret_cast<const Element**>(scratch_ + parts_.table);
-    fill_table(p_, static_cast<const Element*>(a_.x), reinterpret_cast<const Element*>(scratch_),
-               pixels.begin, pixels.size(), table);
+    const auto* table = input_.table(pixels);
     for (int64_t index = panels.begin; index < panels.end; ++index) {
       const Panel panel = layout_.panel(index);
-      // Other panels find in a cache what the first of a group has read.
-      const bool input_is_new = index == 0 || panel.c != layout_.panel(index - 1).c;
+      // Other panels find in a cache what the first has read, or what was widened. A tile of a
+      // group has too few products to pay for fetches.
+      const bool input_is_new = !kWidens<P> && p_.groups == 1 && index == 0;
       // Slices of the reduction: several taps, or a part of one.
       const int64_t steps = layout_.steps(), step = layout_.grouped() ? 1 : P::kStep;
       const int64_t most = max(1, kSliceChannels / step);
@@ -260,22 +227,21 @@ class Run {
         const Span slice_taps = {layout_.taps * i / tap_slices,
                                  layout_.taps * (i + 1) / tap_slices};
         for (int64_t j = 0; j < step_slices; ++j) {
-          slice(pixels, panel, slice_taps, {steps * j / step_slices, steps * (j + 1) / step_slices},
-                i == 0 && j == 0, i + 1 == tap_slices && j + 1 == step_slices, input_is_new);
+          slice(pixels, table, panel, slice_taps,
+                {steps * j / step_slices, steps * (j + 1) / step_slices}, i == 0 && j == 0,
+                i + 1 == tap_slices && j + 1 == step_slices, input_is_new);
         }
       }
     }
   }
 
-  void slice(Span pixels, const Panel& panel, Span taps, Span steps, bool first, bool last,
-             bool input_is_new) {
+  void slice(Span pixels, const typename P::Input* const* table, const Panel& panel, Span taps,
+             Span steps, bool first, bool last, bool input_is_new) {
     const int64_t step_bytes = layout_.step_bytes(panel.vectors);
     const std::byte* packed = static_cast<const std::byte*>(a_.weight);
     const std::byte* weight = packed + layout_.lanes_bytes() + panel.weight +
                               (taps.begin * layout_.steps() + steps.begin) * step_bytes;
     const int64_t count = pixels.size();
-    auto** table = reinterpret_cast<const Element**>(scratch_ + parts_.table);
-    auto* sums = reinterpret_cast<float*>(scratch_ + parts_.sums);
     const int64_t step = layout_.grouped() ? 1 : P::kStep;
 
     TileTask<P> task;
@@ -288,6 +254,7 @@ class Run {
     task.span = layout_.grouped() ? layout_.span(panel) : 0;
     task.first = first;
     task.last = last;
+    task.fetch_outputs = last && p_.groups == 1;
     task.scale = a_.scale + panel.k;
     task.shift = a_.shift + panel.k;
     task.y_stride = p_.k;
@@ -312,7 +279,7 @@ class Run {
       task.rows = table + taps.begin * count + rows.begin;
       const bool fetches_input = input_is_new && i + 1 < tiles;
       task.next_rows = fetches_input ? task.rows + min(rows.size(), count - rows.end) : nullptr;
-      task.sums = sums + rows.begin * panel.vectors * Layout<P>::kWidth;
+      task.sums = sums_ + rows.begin * panel.vectors * Layout<P>::kWidth;
       task.residual =
           a_.residual == nullptr ? nullptr : static_cast<const Element*>(a_.residual) + out;
       task.y = static_cast<Element*>(a_.y) + out;
@@ -342,8 +309,8 @@ class Run {
   const ConvProblem& p_;
   const ConvArguments& a_;
   const Layout<P> layout_;
-  const Scratch<P> parts_;
-  std::byte* const scratch_;
+  BlockInput<P> input_;
+  float* const sums_;
   bool relu_before_add_, relu_after_add_;
 };
 
@@ -379,16 +346,31 @@ void direct_run(const ConvProblem& problem, const ConvArguments& arguments, cons
   constexpr int64_t kTiles = 4;
   const int64_t x_bytes = int64_t{problem.n} * problem.h * problem.w * problem.c *
                           static_cast<int64_t>(sizeof(typename P::Element));
+  const auto pixels_of = [&](int64_t part, int64_t parts) {
+    const Span span = part_of(tiles, part, parts);
+    return Span{span.begin * kTile, min(span.end * kTile, pixels)};
+  };
   const bool by_panels = team.size > 1 && x_bytes < layout.bytes();
   const int64_t most = max(1, min(tiles / kTiles, Meeting::kMostUnits / panels));
-  const int64_t parts =
-      by_panels ? min(most, divide_up(team.units_of(INT64_MAX), panels)) : team.units_of(most);
-  team.for_each(by_panels ? panels * parts : parts, [&](int64_t unit) {
-    const Span part = part_of(tiles, unit % parts, parts);
-    const Span span = {part.begin * kTile, min(part.end * kTile, pixels)};
-    const int64_t panel = unit / parts;
-    run(span, by_panels ? Span{panel, panel + 1} : Span{0, panels});
-  });
+  if (!by_panels) {
+    const int64_t parts = team.units_of(most);
+    team.for_each(parts, [&](int64_t unit) { run(pixels_of(unit, parts), {0, panels}); });
+    return;
+  }
+  const int64_t parts = min(most, divide_up(team.units_of(INT64_MAX), panels));
+  if constexpr (kWidens<P>) {
+    // All panels of one block, which is then widened once.
+    const int64_t blocks = max(parts, divide_up(tiles, block_rows<P>(problem) / kTile));
+    team.for_each(panels * blocks, [&](int64_t unit) {
+      const int64_t panel = unit % panels;
+      run(pixels_of(unit / panels, blocks), {panel, panel + 1});
+    });
+  } else {
+    team.for_each(panels * parts, [&](int64_t unit) {
+      const int64_t panel = unit / parts;
+      run(pixels_of(unit % parts, parts), {panel, panel + 1});
+    });
+  }
 }
 
 template <class P>

@@ -39,9 +39,10 @@ template <class Scalar>
 struct Direct {
   using V = Vector4<Scalar>;
   using Element = typename V::Element;
+  using Input = float;
   using Weight = float;
   using Lanes = int32_t __attribute__((vector_size(16)));
-  static constexpr int kVectors = 2, kGroupedRows = 4, kWeightsOfVector = 4, kStep = 1, kHalves = 1;
+  static constexpr int kVectors = 2, kGroupedRows = 4, kWeightsOfVector = 4, kStep = 1;
   static constexpr bool kNarrowTiles = false, kSpreadFetches = true;
   static constexpr int rows(int64_t) { return 4; }
   static Float4 zero() { return Float4{}; }
@@ -55,11 +56,7 @@ struct Direct {
     return Float4{v[lanes[0]], v[lanes[1]], v[lanes[2]], v[lanes[3]]};
   }
   static Float4 weight(const float* p) { return V::load_param(p); }
-  static Float4 input(const Element* p, int) {
-    const float x = Scalar::load(p);
-    return Float4{x, x, x, x};
-  }
-  static Float4 last_input(const Element* p, int half) { return input(p, half); }
+  static Float4 input(const float* p) { return Float4{*p, *p, *p, *p}; }
   static Float4 multiply_add(Float4 x, Float4 w, Float4 sum) { return x * w + sum; }
 };
 

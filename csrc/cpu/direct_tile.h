@@ -3,10 +3,11 @@
 //
 // A policy `P` is how one instruction set multiplies one element:
 //   P::V                  its vectors, see vec_loop.h; sums are V::Register, fp32
-//   P::Element, P::Weight input and packed weights in memory
+//   P::Element            of x, y and the residual in memory
+//   P::Input, P::Weight   what tiles read: Element, or float where input is widened before; packed
+//                         weights
 //   P::kStep              input channels that are multiplied together
-//   P::kHalves            multiplications for them
-//   P::kWeightsOfVector   weights that one of these multiplies with one vector of sums
+//   P::kWeightsOfVector   weights that they multiply for one vector of sums
 //   P::kVectors           vectors of output channels in a panel
 //   P::kSpreadFetches     whether weights are fetched into caches beside each step; if not, steps
 //                         are unrolled, with little beside the multiplications, and fetched are
@@ -15,8 +16,8 @@
 //   P::kGroupedRows       pixels of a grouped tile, whose input is in registers too
 //   P::kNarrowTiles       whether it has tiles of groups as wide as a vector or four channels wide
 //   P::zero, P::weight    an empty sum; a vector of weights
-//   P::input<half>        input channels of one step, the same in each lane
-//   P::last_input<half>   the same for a last step that lacks channels
+//   P::input              input channels of one step, the same in each lane
+//   P::last_input         the same for a last step that lacks channels; only where kStep is not 1
 //   P::multiply_add       sum + input * weight
 //   P::store_sum          of a vector of sums, to where V::load_param reads it
 //   P::load_lanes, P::permute  lane i of the result is lane lanes[i] of the vector
@@ -27,6 +28,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "conv_problem.h"
@@ -40,9 +42,9 @@ namespace {
 template <class P>
 struct TileTask {
   // x of pixel i at tap t: [row_stride * t + i], then `offset` elements on.
-  const typename P::Element* const* rows;
+  const typename P::Input* const* rows;
   // Of as many pixels that the next tile reads, where they are not in a cache yet; else null.
-  const typename P::Element* const* next_rows;
+  const typename P::Input* const* next_rows;
   int64_t row_stride;
   int64_t taps;
   int64_t offset;
@@ -60,6 +62,7 @@ struct TileTask {
   bool first, last;
 
   // Only where `last` is set.
+  bool fetch_outputs;  // before the products
   const float* scale;
   const float* shift;
   const typename P::Element* residual;  // null where there is none
@@ -71,6 +74,17 @@ struct TileTask {
 
 template <class P>
 using Tile = void (*)(const TileTask<P>&);
+
+// The first `count` <= V::kWidth channels at p, the rest zero.
+template <class P>
+inline __attribute__((always_inline)) typename P::V::Register load_input(const typename P::Input* p,
+                                                                         int64_t count) {
+  if constexpr (std::is_same_v<typename P::Input, float>) {
+    return load_param<typename P::V>(p, count);
+  } else {
+    return load<typename P::V>(p, count);
+  }
+}
 
 template <class P, int kRows, int kVectors>
 using Sums = typename P::V::Register[kRows][kVectors];
@@ -87,7 +101,7 @@ inline __attribute__((always_inline)) void clear(Sums<P, kRows, kVectors>& sums)
 // Fetches what finish_sums reads and writes in the end: a store waits for its cache line, too.
 template <class P, int kRows, int kVectors>
 inline __attribute__((always_inline)) void fetch_outputs(const TileTask<P>& task) {
-  if (P::kSpreadFetches || !task.last) return;
+  if (P::kSpreadFetches || !task.fetch_outputs) return;
   constexpr int kBytes = kVectors * P::V::kWidth * static_cast<int>(sizeof(typename P::Element));
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -171,21 +185,22 @@ inline __attribute__((always_inline)) void finish_sums(const TileTask<P>& task,
 // One step of kStep channels at `input[i]` of every row, by the weights at `weight`.
 template <class P, int kRows, int kVectors, bool kComplete>
 inline __attribute__((always_inline)) void step(Sums<P, kRows, kVectors>& sums,
-                                                const typename P::Element* const* input,
+                                                const typename P::Input* const* input,
                                                 int64_t channel, const typename P::Weight* weight) {
-  constexpr int kVector = P::kWeightsOfVector;
-#pragma GCC unroll 2
-  for (int half = 0; half < P::kHalves; ++half, weight += kVectors * kVector) {
-    typename P::V::Register w[kVectors];
+  typename P::V::Register w[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) w[j] = P::weight(weight + j * kVector);
+  for (int j = 0; j < kVectors; ++j) w[j] = P::weight(weight + j * P::kWeightsOfVector);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const auto x =
-          kComplete ? P::input(input[i] + channel, half) : P::last_input(input[i] + channel, half);
+  for (int i = 0; i < kRows; ++i) {
+    const typename P::V::Register x = [&] {
+      if constexpr (kComplete) {
+        return P::input(input[i] + channel);
+      } else {
+        return P::last_input(input[i] + channel);
+      }
+    }();
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) sums[i][j] = P::multiply_add(x, w[j], sums[i][j]);
-    }
+    for (int j = 0; j < kVectors; ++j) sums[i][j] = P::multiply_add(x, w[j], sums[i][j]);
   }
 }
 
@@ -194,10 +209,10 @@ inline __attribute__((always_inline)) void step(Sums<P, kRows, kVectors>& sums,
 // this tile are used.
 template <class P, int kRows, int kVectors>
 inline __attribute__((always_inline)) void unrolled_steps(
-    Sums<P, kRows, kVectors>& sums, const typename P::Element* const* input, int64_t channels,
-    const typename P::Weight* weight, const typename P::Element* const* next, int64_t offset) {
-  constexpr int64_t kStepWeights = P::kHalves * kVectors * P::kWeightsOfVector;
-  constexpr int64_t kLineChannels = kCacheLine / sizeof(typename P::Element);
+    Sums<P, kRows, kVectors>& sums, const typename P::Input* const* input, int64_t channels,
+    const typename P::Weight* weight, const typename P::Input* const* next, int64_t offset) {
+  constexpr int64_t kStepWeights = kVectors * P::kWeightsOfVector;
+  constexpr int64_t kLineChannels = kCacheLine / sizeof(typename P::Input);
   int64_t c = 0;
   if (next != nullptr) {
     for (int64_t end = kLineChannels; end <= channels; end += kLineChannels) {
@@ -218,7 +233,7 @@ inline __attribute__((always_inline)) void unrolled_steps(
 // kRows pixels x kVectors vectors of output channels of one group.
 template <class P, int kRows, int kVectors>
 __attribute__((noinline)) void tile(const TileTask<P>& task) {
-  constexpr int kStepWeights = P::kHalves * kVectors * P::kWeightsOfVector;
+  constexpr int kStepWeights = kVectors * P::kWeightsOfVector;
   // Weights are fetched into the first-level cache so many bytes before they are multiplied.
   constexpr int64_t kAhead = 2048;
   Sums<P, kRows, kVectors> sums;
@@ -234,7 +249,7 @@ __attribute__((noinline)) void tile(const TileTask<P>& task) {
   fetch_outputs<P, kRows, kVectors>(task);
   const int64_t complete = task.channels - task.channels % P::kStep;
   for (int64_t t = 0; t < task.taps; ++t) {
-    const typename P::Element* input[kRows];
+    const typename P::Input* input[kRows];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) input[i] = task.rows[t * task.row_stride + i] + task.offset;
     if constexpr (P::kSpreadFetches) {
@@ -248,14 +263,16 @@ __attribute__((noinline)) void tile(const TileTask<P>& task) {
         step<P, kRows, kVectors, true>(sums, input, c, weight);
       }
     } else {
-      const typename P::Element* const* next = task.next_rows;
+      const typename P::Input* const* next = task.next_rows;
       if (next != nullptr) next += t * task.row_stride;
       unrolled_steps<P, kRows, kVectors>(sums, input, complete, weight, next, task.offset);
       weight += complete / P::kStep * kStepWeights;
     }
-    if (complete < task.channels) {
-      step<P, kRows, kVectors, false>(sums, input, complete, weight);
-      weight += kStepWeights;
+    if constexpr (P::kStep > 1) {
+      if (complete < task.channels) {
+        step<P, kRows, kVectors, false>(sums, input, complete, weight);
+        weight += kStepWeights;
+      }
     }
   }
   finish_sums<P, kRows, kVectors>(task, sums);
@@ -269,13 +286,12 @@ __attribute__((noinline)) void grouped_tile(const TileTask<P>& task) {
   using V = typename P::V;
   Sums<P, kRows, 1> sums;
   clear<P, kRows, 1>(sums);
-  fetch_outputs<P, kRows, 1>(task);
   const float* weight = reinterpret_cast<const float*>(task.weight);
   for (int64_t t = 0; t < task.taps; ++t) {
     typename V::Register input[kRows];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      input[i] = load<V>(task.rows[t * task.row_stride + i] + task.offset, task.span);
+      input[i] = load_input<P>(task.rows[t * task.row_stride + i] + task.offset, task.span);
     }
     for (int64_t c = 0; c < task.channels; ++c, weight += V::kWidth) {
       const auto w = V::load_param(weight);
@@ -304,20 +320,19 @@ __attribute__((noinline)) void narrow_tile(const TileTask<P>& task) {
   constexpr int kWidth = P::V::kWidth;
   Sums<P, kRows, kVectors> sums;
   clear<P, kRows, kVectors>(sums);
-  fetch_outputs<P, kRows, kVectors>(task);
   const typename P::Weight* weight = task.weight;
   for (int64_t t = 0; t < task.taps; ++t) {
-    const typename P::Element* input[kRows];
+    const typename P::Input* input[kRows];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) input[i] = task.rows[t * task.row_stride + i] + task.offset;
-    for_constants<kWidth / P::kStep * P::kHalves>([&](auto product) __attribute__((always_inline)) {
+    for_constants<kWidth / P::kStep>([&](auto c) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j, weight += P::kWeightsOfVector) {
         const auto w = P::weight(weight);
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
-          const typename P::Element* x = input[i] + j * kWidth + product / P::kHalves * P::kStep;
-          sums[i][j] = P::multiply_add(P::input(x, product % P::kHalves), w, sums[i][j]);
+          const auto x = P::input(input[i] + j * kWidth + c * P::kStep);
+          sums[i][j] = P::multiply_add(x, w, sums[i][j]);
         }
       }
     });
@@ -331,13 +346,12 @@ __attribute__((noinline)) void quads_tile(const TileTask<P>& task) {
   using V = typename P::V;
   Sums<P, kRows, 1> sums;
   clear<P, kRows, 1>(sums);
-  fetch_outputs<P, kRows, 1>(task);
   const typename P::Weight* weight = task.weight;
   for (int64_t t = 0; t < task.taps; ++t) {
     typename V::Register input[kRows];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      input[i] = V::load(task.rows[t * task.row_stride + i] + task.offset);
+      input[i] = load_input<P>(task.rows[t * task.row_stride + i] + task.offset, V::kWidth);
     }
     for_constants<4>([&](auto channel) __attribute__((always_inline)) {
       const auto w = P::weight(weight);

@@ -20,6 +20,7 @@ class DirectRows {
   static constexpr const char* kName = "direct";
 
   using Element = typename P::Element;
+  using Input = typename P::Input;
 
   static size_t packed_bytes(const ConvProblem& p) {
     return static_cast<size_t>(Layout<P>(stem_rows(p)).bytes());
@@ -30,14 +31,15 @@ class DirectRows {
   }
 
   static int64_t scratch_bytes(const ConvProblem& p) {
-    return p.r * row_bytes(p) + int64_t{2} * p.r * p.out_w * sizeof(void*);
+    const int64_t table = int64_t{2} * p.r * p.out_w * sizeof(void*);
+    return p.r * row_bytes(p) + align_line(table) + (kWidens<P> ? row_bytes(p) : 0);
   }
 
   DirectRows(const ConvProblem& problem, const StemArguments& arguments, std::byte* scratch)
       : p_(problem), a_(arguments), layout_(stem_rows(problem)), ring_(scratch) {
     // Where output pixel ow reads the rows of the ring, as table[row][ow], and all of them once
     // more: any R rows in sequence are a window.
-    auto** table = reinterpret_cast<const Element**>(scratch + p_.r * row_bytes(p_));
+    auto** table = reinterpret_cast<const Input**>(scratch + p_.r * row_bytes(p_));
     table_ = table;
     for (int64_t number = 0; number < 2 * p_.r; ++number) {
       for (int64_t ow = 0; ow < p_.out_w; ++ow) {
@@ -48,11 +50,17 @@ class DirectRows {
 
   template <class Fill>
   void put(int64_t number, Fill fill) {
-    fill(row(number));
+    if constexpr (kWidens<P>) {
+      auto* narrow = reinterpret_cast<Element*>(ring_ + scratch_bytes(p_) - row_bytes(p_));
+      fill(narrow);
+      widen<P>(narrow, padded_width(p_) * p_.c, row(number));
+    } else {
+      fill(row(number));
+    }
   }
 
   void convolve(int64_t first, Element* y) {
-    const Element* const* table = table_ + first * p_.out_w;
+    const Input* const* table = table_ + first * p_.out_w;
     TileTask<P> task = {};
     task.row_stride = p_.out_w;
     task.taps = p_.r;
@@ -80,18 +88,16 @@ class DirectRows {
 
  private:
   static int64_t row_bytes(const ConvProblem& p) {
-    return align_line(padded_width(p) * p.c * static_cast<int64_t>(sizeof(Element)));
+    return align_line(padded_width(p) * p.c * static_cast<int64_t>(sizeof(Input)));
   }
 
-  Element* row(int64_t number) {
-    return reinterpret_cast<Element*>(ring_ + number * row_bytes(p_));
-  }
+  Input* row(int64_t number) { return reinterpret_cast<Input*>(ring_ + number * row_bytes(p_)); }
 
   const ConvProblem& p_;
   const StemArguments& a_;
   const Layout<P> layout_;
   std::byte* const ring_;
-  const Element* const* table_;
+  const Input* const* table_;
 };
 
 }  // namespace
