@@ -30,6 +30,8 @@ from setuptools import Command, Extension, setup
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
+# Objects of files that know nothing of CUDA: those of a build without it serve one with it.
+OBJECTS = ROOT / "build" / "objects"
 
 CUDA_ARCHS = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 
@@ -147,36 +149,39 @@ def extension() -> tuple[Extension, type[Command]]:
         return next((isa for isa in X86_FLAGS if source.endswith(f"_{isa}.cpp")), None)
 
     class BuildExtension(cpp_extension.BuildExtension):  # type: ignore[misc, name-defined]
-        """Compiles each ISA's files with that ISA's flags before torch's command does the rest."""
+        """Compiles what knows nothing of CUDA, each ISA's files with its flags, then the rest."""
 
         def build_extension(self, ext: Extension) -> None:
-            for isa, flags in isa_flags.items():
+            for isa in (None, *isa_flags):
                 args = {kind: list(args) for kind, args in ext.extra_compile_args.items()}
-                args["cxx"] += flags
+                args["cxx"] += isa_flags.get(isa, [])
                 ext.extra_objects += self.compiler.compile(
-                    [source for source in ext.sources if isa_of(source) == isa],
-                    output_dir=os.path.join(self.build_temp, isa),
-                    macros=ext.define_macros,
-                    include_dirs=ext.include_dirs,
+                    [source for source in common if isa_of(source) == isa],
+                    output_dir=str(OBJECTS / (isa or "any")),
+                    macros=macros,
+                    include_dirs=include_dirs,
                     extra_postargs=args,
                     depends=ext.depends,
                 )
-            ext.sources = [source for source in ext.sources if isa_of(source) is None]
+            ext.sources = [source for source in ext.sources if source not in common]
             super().build_extension(ext)
 
     # Without OpenMP at::parallel_for, whose loop is compiled here, runs on one thread.
     openmp = [] if compiles([*CXX_FLAGS, "-fopenmp"]) else ["-fopenmp"]
     kernels = sorted(str(path.relative_to(ROOT)) for path in CSRC.glob("cpu/*.cpp"))
+    common = [
+        *("csrc/ops_cpu.cpp", "csrc/ops_call_guard.cpp"),
+        *(source for source in kernels if x86 or isa_of(source) is None),
+    ]
+    include_dirs = [str(CSRC), *cpp_extension.include_paths()]
+    # A change of torch changes every command line, and so compiles every file anew.
+    macros = [("FUSED_RESNET_TORCH_VERSION", f'"{torch.__version__}"')]
     arguments: dict[str, Any] = {
         "name": "fused_resnet._C",
-        "sources": [
-            *("csrc/ops.cpp", "csrc/ops_cpu.cpp", "csrc/ops_call_guard.cpp"),
-            *(k for k in kernels if x86 or isa_of(k) is None),
-        ],
+        "sources": ["csrc/ops.cpp", *common],
         "include_dirs": [str(CSRC)],
         "depends": sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.*h")),
-        # A change of torch changes every command line, and so compiles every file anew.
-        "define_macros": [("FUSED_RESNET_TORCH_VERSION", f'"{torch.__version__}"')],
+        "define_macros": [*macros],
         "extra_compile_args": {"cxx": [*CXX_FLAGS, *openmp], "nvcc": NVCC_FLAGS},
         "extra_link_args": openmp,
     }
