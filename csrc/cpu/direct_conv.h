@@ -16,6 +16,11 @@
 namespace fused_resnet::cpu {
 namespace {
 
+// Weights in memory: where tiles read fp32 of bf16 they are widened slice by slice, for all tiles
+// of a block; grouped tiles read fp32 in any case.
+template <class P>
+using PackedOfGroups = std::conditional_t<kWidens<P>, typename P::Packed, float>;
+
 // Output channels that are computed together, of one group or, where groups are narrower than a
 // vector, of several.
 struct Panel {
@@ -67,8 +72,8 @@ class Layout {
 
   // Bytes of the weights of one step for so many vectors.
   int64_t step_bytes(int64_t vectors) const {
-    if (grouped()) return kWidth * sizeof(float);
-    return vectors * P::kWeightsOfVector * sizeof(typename P::Weight);
+    if (grouped()) return kWidth * sizeof(PackedOfGroups<P>);
+    return vectors * P::kWeightsOfVector * sizeof(typename P::Packed);
   }
 
   int64_t lanes_bytes() const { return grouped() ? align_line(c * kWidth * sizeof(int32_t)) : 0; }
@@ -116,11 +121,12 @@ void pack_grouped(const Layout<P>& layout, std::byte* packed, Fetch fetch) {
   }
   for (int64_t index = 0; index < layout.panels(); ++index) {
     const Panel panel = layout.panel(index);
-    auto* out = reinterpret_cast<float*>(packed + layout.lanes_bytes() + panel.weight);
+    auto* out = reinterpret_cast<PackedOfGroups<P>*>(packed + layout.lanes_bytes() + panel.weight);
     for (int64_t tap = 0; tap < layout.taps; ++tap) {
       for (int64_t c = 0; c < layout.c; ++c) {
         for (int64_t lane = 0; lane < kWidth; ++lane) {
-          *out++ = lane < panel.channels ? convert<float>(fetch(panel.k + lane, c, tap)) : 0.0f;
+          *out++ = lane < panel.channels ? convert<PackedOfGroups<P>>(fetch(panel.k + lane, c, tap))
+                                         : PackedOfGroups<P>{};
         }
       }
     }
@@ -134,14 +140,14 @@ void pack_panels(const Layout<P>& layout, std::byte* packed, Fetch fetch) {
   constexpr int64_t kWidth = Layout<P>::kWidth;
   for (int64_t index = 0; index < layout.panels(); ++index) {
     const Panel panel = layout.panel(index);
-    auto* out = reinterpret_cast<typename P::Weight*>(packed + panel.weight);
+    auto* out = reinterpret_cast<typename P::Packed*>(packed + panel.weight);
     for (int64_t tap = 0; tap < layout.taps; ++tap) {
       for (int64_t c0 = 0; c0 < layout.c; c0 += P::kStep) {
         for (int64_t lane = 0; lane < panel.vectors * kWidth; ++lane) {
           for (int64_t c = c0; c < c0 + P::kStep; ++c) {
             const bool inside = lane < panel.channels && c < layout.c;
-            *out++ = inside ? convert<typename P::Weight>(fetch(panel.k + lane, c, tap))
-                            : typename P::Weight{};
+            *out++ = inside ? convert<typename P::Packed>(fetch(panel.k + lane, c, tap))
+                            : typename P::Packed{};
           }
         }
       }
@@ -171,16 +177,22 @@ int64_t block_rows(const ConvProblem& p) {
   return max(P::rows(P::kVectors), min(rows, kTableEntries / taps));
 }
 
+// Products in one chain of fp32 additions, whose error grows with its length: slices are summed
+// apart and then added. Their weights (64 KiB of AVX-512's) stay near in the cache while all tiles
+// of a block pass by.
+constexpr int64_t kSliceChannels = 256;
+
 // Parts of a thread's scratch, in bytes from its beginning.
 template <class P>
 struct Scratch {
   explicit Scratch(const ConvProblem& p) {
     const int64_t rows = block_rows<P>(p);
     sums = align_line(BlockInput<P>::bytes(p, rows));
-    bytes = sums + align_line(rows * P::kVectors * P::V::kWidth * sizeof(float));
+    weight = sums + align_line(rows * P::kVectors * P::V::kWidth * sizeof(float));
+    bytes = weight + (kWidens<P> ? kSliceChannels * P::kVectors * P::V::kWidth * sizeof(float) : 0);
   }
 
-  int64_t sums, bytes;  // the input lies before the sums
+  int64_t sums, weight, bytes;  // the input lies before the sums
 };
 
 template <class P>
@@ -193,7 +205,8 @@ class Run {
         a_(arguments),
         layout_(problem),
         input_(problem, arguments.x, block_rows<P>(problem), scratch),
-        sums_(reinterpret_cast<float*>(scratch + Scratch<P>(problem).sums)) {
+        sums_(reinterpret_cast<float*>(scratch + Scratch<P>(problem).sums)),
+        wide_(reinterpret_cast<float*>(scratch + Scratch<P>(problem).weight)) {
     const Epilogue e = p_.epilogue;
     relu_before_add_ = e == Epilogue::kRelu || e == Epilogue::kReluAddRelu;
     relu_after_add_ = e == Epilogue::kAddRelu || e == Epilogue::kReluAddRelu;
@@ -241,6 +254,7 @@ class Run {
     const std::byte* packed = static_cast<const std::byte*>(a_.weight);
     const std::byte* weight = packed + layout_.lanes_bytes() + panel.weight +
                               (taps.begin * layout_.steps() + steps.begin) * step_bytes;
+    const int64_t slice_bytes = taps.size() * steps.size() * step_bytes;
     const int64_t count = pixels.size();
     const int64_t step = layout_.grouped() ? 1 : P::kStep;
 
@@ -249,7 +263,13 @@ class Run {
     task.taps = taps.size();
     task.offset = panel.c + steps.begin * step;
     task.channels = min(steps.end * step, layout_.c) - steps.begin * step;
-    task.weight = reinterpret_cast<const typename P::Weight*>(weight);
+    if constexpr (kWidens<P>) {
+      const auto* narrow = reinterpret_cast<const Element*>(weight);
+      widen<P>(narrow, slice_bytes / static_cast<int64_t>(sizeof(*narrow)), wide_);
+      task.weight = wide_;
+    } else {
+      task.weight = reinterpret_cast<const typename P::Weight*>(weight);
+    }
     task.lanes = reinterpret_cast<const int32_t*>(packed);
     task.span = layout_.grouped() ? layout_.span(panel) : 0;
     task.first = first;
@@ -267,7 +287,6 @@ class Run {
 
     // The weights of the next slice, which lie behind those of this one, are fetched by the first
     // tiles, a line beside each step, or by all tiles alike.
-    const int64_t slice_bytes = taps.size() * steps.size() * step_bytes;
     const int64_t slice_lines = divide_up(slice_bytes, kCacheLine);
     const int64_t tile_lines =
         P::kSpreadFetches ? taps.size() * steps.size() : divide_up(slice_lines, tiles);
@@ -301,16 +320,12 @@ class Run {
     return select_tile<P>(rows, vectors);
   }
 
-  // Products in one chain of fp32 additions, whose error grows with its length: slices are summed
-  // apart and then added. Their weights (64 KiB of AVX-512's) stay near in the cache while all
-  // tiles of a block pass by.
-  static constexpr int64_t kSliceChannels = 256;
-
   const ConvProblem& p_;
   const ConvArguments& a_;
   const Layout<P> layout_;
   BlockInput<P> input_;
   float* const sums_;
+  float* const wide_;  // the weights of a slice
   bool relu_before_add_, relu_after_add_;
 };
 

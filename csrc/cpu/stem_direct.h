@@ -32,7 +32,8 @@ class DirectRows {
 
   static int64_t scratch_bytes(const ConvProblem& p) {
     const int64_t table = int64_t{2} * p.r * p.out_w * sizeof(void*);
-    return p.r * row_bytes(p) + align_line(table) + (kWidens<P> ? row_bytes(p) : 0);
+    const int64_t widened = kWidens<P> ? row_bytes(p) + align_line(weights(p) * sizeof(float)) : 0;
+    return p.r * row_bytes(p) + align_line(table) + widened;
   }
 
   DirectRows(const ConvProblem& problem, const StemArguments& arguments, std::byte* scratch)
@@ -46,12 +47,19 @@ class DirectRows {
         *table++ = row(number % p_.r) + ow * p_.stride_w * p_.c;
       }
     }
+    if constexpr (kWidens<P>) {
+      auto* wide = reinterpret_cast<float*>(narrow_row() + row_bytes(p_));
+      widen<P>(static_cast<const Element*>(a_.weight), weights(p_), wide);
+      weights_ = wide;
+    } else {
+      weights_ = static_cast<const typename P::Weight*>(a_.weight);
+    }
   }
 
   template <class Fill>
   void put(int64_t number, Fill fill) {
     if constexpr (kWidens<P>) {
-      auto* narrow = reinterpret_cast<Element*>(ring_ + scratch_bytes(p_) - row_bytes(p_));
+      auto* narrow = reinterpret_cast<Element*>(narrow_row());
       fill(narrow);
       widen<P>(narrow, padded_width(p_) * p_.c, row(number));
     } else {
@@ -70,9 +78,8 @@ class DirectRows {
     task.relu_before_add = true;
     for (int64_t index = 0; index < layout_.panels(); ++index) {
       const Panel panel = layout_.panel(index);
-      const auto* weight = static_cast<const std::byte*>(a_.weight) + panel.weight;
-      task.weight = reinterpret_cast<const typename P::Weight*>(weight);
-      task.prefetch = reinterpret_cast<const char*>(weight);
+      task.weight = weights_ + panel.weight / static_cast<int64_t>(sizeof(typename P::Packed));
+      task.prefetch = reinterpret_cast<const char*>(task.weight);
       task.scale = a_.scale + panel.k;
       task.shift = a_.shift + panel.k;
       task.k = panel.channels;
@@ -91,6 +98,17 @@ class DirectRows {
     return align_line(padded_width(p) * p.c * static_cast<int64_t>(sizeof(Input)));
   }
 
+  // How many there are, with those that fill vectors.
+  static int64_t weights(const ConvProblem& p) {
+    return Layout<P>(stem_rows(p)).bytes() / static_cast<int64_t>(sizeof(typename P::Packed));
+  }
+
+  // Where a row is put before it is widened; behind it lie the widened weights.
+  std::byte* narrow_row() const {
+    const int64_t table = int64_t{2} * p_.r * p_.out_w * sizeof(void*);
+    return ring_ + p_.r * row_bytes(p_) + align_line(table);
+  }
+
   Input* row(int64_t number) { return reinterpret_cast<Input*>(ring_ + number * row_bytes(p_)); }
 
   const ConvProblem& p_;
@@ -98,6 +116,7 @@ class DirectRows {
   const Layout<P> layout_;
   std::byte* const ring_;
   const Input* const* table_;
+  const typename P::Weight* weights_;
 };
 
 }  // namespace
