@@ -5,7 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
+#include <type_traits>
 
 #include "cpu/direct.h"
 #include "cpu/direct_input.h"
@@ -204,9 +204,10 @@ class Run {
       : p_(problem),
         a_(arguments),
         layout_(problem),
+        parts_(problem),
         input_(problem, arguments.x, block_rows<P>(problem), scratch),
-        sums_(reinterpret_cast<float*>(scratch + Scratch<P>(problem).sums)),
-        wide_(reinterpret_cast<float*>(scratch + Scratch<P>(problem).weight)) {
+        sums_(reinterpret_cast<float*>(scratch + parts_.sums)),
+        wide_(reinterpret_cast<float*>(scratch + parts_.weight)) {
     const Epilogue e = p_.epilogue;
     relu_before_add_ = e == Epilogue::kRelu || e == Epilogue::kReluAddRelu;
     relu_after_add_ = e == Epilogue::kAddRelu || e == Epilogue::kReluAddRelu;
@@ -323,6 +324,7 @@ class Run {
   const ConvProblem& p_;
   const ConvArguments& a_;
   const Layout<P> layout_;
+  const Scratch<P> parts_;
   BlockInput<P> input_;
   float* const sums_;
   float* const wide_;  // the weights of a slice
@@ -366,7 +368,8 @@ void direct_run(const ConvProblem& problem, const ConvArguments& arguments, cons
     return Span{span.begin * kTile, min(span.end * kTile, pixels)};
   };
   const bool by_panels = team.size > 1 && x_bytes < layout.bytes();
-  const int64_t most = max(1, min(tiles / kTiles, Meeting::kMostUnits / panels));
+  const int64_t limit = max(1, Meeting::kMostUnits / panels);
+  const int64_t most = max(1, min(tiles / kTiles, limit));
   if (!by_panels) {
     const int64_t parts = team.units_of(most);
     team.for_each(parts, [&](int64_t unit) { run(pixels_of(unit, parts), {0, panels}); });
@@ -374,11 +377,12 @@ void direct_run(const ConvProblem& problem, const ConvArguments& arguments, cons
   }
   const int64_t parts = min(most, divide_up(team.units_of(INT64_MAX), panels));
   if constexpr (kWidens<P>) {
-    // All panels of one block, which is then widened once.
-    const int64_t blocks = max(parts, divide_up(tiles, block_rows<P>(problem) / kTile));
-    team.for_each(panels * blocks, [&](int64_t unit) {
+    // All panels of one block, which each thread then widens once.
+    const int64_t blocks = divide_up(tiles, block_rows<P>(problem) / kTile);
+    const int64_t spans = min(max(parts, blocks), limit);
+    team.for_each(panels * spans, [&](int64_t unit) {
       const int64_t panel = unit % panels;
-      run(pixels_of(unit / panels, blocks), {panel, panel + 1});
+      run(pixels_of(unit / panels, spans), {panel, panel + 1});
     });
   } else {
     team.for_each(panels * parts, [&](int64_t unit) {
