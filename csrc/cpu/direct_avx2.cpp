@@ -15,7 +15,6 @@ struct DirectPolicy {
   using Element = typename V::Element;
   using Input = float;
   using Weight = float;
-  using Packed = Element;
   static constexpr int kVectors = 2, kGroupedRows = 6, kWeightsOfVector = 8, kStep = 1;
   static constexpr bool kNarrowTiles = true;
   // A fetch for every 12 multiplications is too many where a thread shares its core with another

@@ -29,7 +29,6 @@ template <class Vector>
 struct DirectFloat : DirectPolicy<Vector> {
   using Input = float;
   using Weight = float;
-  using Packed = typename Vector::Element;
   static constexpr int kStep = 1, kWeightsOfVector = 16;
   static __m512 weight(const float* p) { return _mm512_loadu_ps(p); }
   static __m512 input(const float* p) { return _mm512_set1_ps(*p); }

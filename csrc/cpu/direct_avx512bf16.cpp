@@ -11,7 +11,6 @@ namespace {
 struct DirectBFloat16Dot : DirectPolicy<BFloat16> {
   using Input = uint16_t;
   using Weight = uint16_t;
-  using Packed = uint16_t;
   static constexpr int kStep = 2, kWeightsOfVector = 32;
   static __m512 weight(const uint16_t* p) { return _mm512_loadu_ps(p); }
   static __m512 input(const uint16_t* p) {

@@ -16,10 +16,10 @@
 namespace fused_resnet::cpu {
 namespace {
 
-// Weights in memory: where tiles read fp32 of bf16 they are widened slice by slice, for all tiles
-// of a block; grouped tiles read fp32 in any case.
+// Packed weights of grouped tiles, which read fp32: widened slice by slice as all others are where
+// a policy widens, else when they are packed.
 template <class P>
-using PackedOfGroups = std::conditional_t<kWidens<P>, typename P::Packed, float>;
+using PackedOfGroups = std::conditional_t<kWidens<P>, typename P::Element, float>;
 
 // Output channels that are computed together, of one group or, where groups are narrower than a
 // vector, of several.
@@ -73,7 +73,7 @@ class Layout {
   // Bytes of the weights of one step for so many vectors.
   int64_t step_bytes(int64_t vectors) const {
     if (grouped()) return kWidth * sizeof(PackedOfGroups<P>);
-    return vectors * P::kWeightsOfVector * sizeof(typename P::Packed);
+    return vectors * P::kWeightsOfVector * sizeof(typename P::Element);
   }
 
   int64_t lanes_bytes() const { return grouped() ? align_line(c * kWidth * sizeof(int32_t)) : 0; }
@@ -140,14 +140,14 @@ void pack_panels(const Layout<P>& layout, std::byte* packed, Fetch fetch) {
   constexpr int64_t kWidth = Layout<P>::kWidth;
   for (int64_t index = 0; index < layout.panels(); ++index) {
     const Panel panel = layout.panel(index);
-    auto* out = reinterpret_cast<typename P::Packed*>(packed + panel.weight);
+    auto* out = reinterpret_cast<typename P::Element*>(packed + panel.weight);
     for (int64_t tap = 0; tap < layout.taps; ++tap) {
       for (int64_t c0 = 0; c0 < layout.c; c0 += P::kStep) {
         for (int64_t lane = 0; lane < panel.vectors * kWidth; ++lane) {
           for (int64_t c = c0; c < c0 + P::kStep; ++c) {
             const bool inside = lane < panel.channels && c < layout.c;
-            *out++ = inside ? convert<typename P::Packed>(fetch(panel.k + lane, c, tap))
-                            : typename P::Packed{};
+            *out++ = inside ? convert<typename P::Element>(fetch(panel.k + lane, c, tap))
+                            : typename P::Element{};
           }
         }
       }

@@ -41,7 +41,6 @@ struct Direct {
   using Element = typename V::Element;
   using Input = float;
   using Weight = float;
-  using Packed = Element;
   using Lanes = int32_t __attribute__((vector_size(16)));
   static constexpr int kVectors = 2, kGroupedRows = 4, kWeightsOfVector = 4, kStep = 1;
   static constexpr bool kNarrowTiles = false, kSpreadFetches = true;

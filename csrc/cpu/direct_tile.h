@@ -3,8 +3,7 @@
 //
 // A policy `P` is how one instruction set multiplies one element:
 //   P::V                  its vectors, see vec_loop.h; sums are V::Register, fp32
-//   P::Element            of x, y and the residual in memory
-//   P::Packed             of packed weights in memory
+//   P::Element            of x, weights, y and the residual in memory
 //   P::Input, P::Weight   of x and weights as tiles read them: float where they are widened before
 //   P::kStep              input channels that are multiplied together
 //   P::kWeightsOfVector   weights that they multiply for one vector of sums

@@ -31,9 +31,8 @@ class DirectRows {
   }
 
   static int64_t scratch_bytes(const ConvProblem& p) {
-    const int64_t table = int64_t{2} * p.r * p.out_w * sizeof(void*);
     const int64_t widened = kWidens<P> ? row_bytes(p) + align_line(weights(p) * sizeof(float)) : 0;
-    return p.r * row_bytes(p) + align_line(table) + widened;
+    return widened_begin(p) + widened;
   }
 
   DirectRows(const ConvProblem& problem, const StemArguments& arguments, std::byte* scratch)
@@ -48,7 +47,7 @@ class DirectRows {
       }
     }
     if constexpr (kWidens<P>) {
-      auto* wide = reinterpret_cast<float*>(narrow_row() + row_bytes(p_));
+      auto* wide = reinterpret_cast<float*>(scratch + widened_begin(p_) + row_bytes(p_));
       widen<P>(static_cast<const Element*>(a_.weight), weights(p_), wide);
       weights_ = wide;
     } else {
@@ -59,7 +58,7 @@ class DirectRows {
   template <class Fill>
   void put(int64_t number, Fill fill) {
     if constexpr (kWidens<P>) {
-      auto* narrow = reinterpret_cast<Element*>(narrow_row());
+      auto* narrow = reinterpret_cast<Element*>(ring_ + widened_begin(p_));
       fill(narrow);
       widen<P>(narrow, padded_width(p_) * p_.c, row(number));
     } else {
@@ -78,7 +77,7 @@ class DirectRows {
     task.relu_before_add = true;
     for (int64_t index = 0; index < layout_.panels(); ++index) {
       const Panel panel = layout_.panel(index);
-      task.weight = weights_ + panel.weight / static_cast<int64_t>(sizeof(typename P::Packed));
+      task.weight = weights_ + panel.weight / static_cast<int64_t>(sizeof(typename P::Element));
       task.prefetch = reinterpret_cast<const char*>(task.weight);
       task.scale = a_.scale + panel.k;
       task.shift = a_.shift + panel.k;
@@ -100,13 +99,14 @@ class DirectRows {
 
   // How many there are, with those that fill vectors.
   static int64_t weights(const ConvProblem& p) {
-    return Layout<P>(stem_rows(p)).bytes() / static_cast<int64_t>(sizeof(typename P::Packed));
+    return Layout<P>(stem_rows(p)).bytes() / static_cast<int64_t>(sizeof(typename P::Element));
   }
 
-  // Where a row is put before it is widened; behind it lie the widened weights.
-  std::byte* narrow_row() const {
-    const int64_t table = int64_t{2} * p_.r * p_.out_w * sizeof(void*);
-    return ring_ + p_.r * row_bytes(p_) + align_line(table);
+  // Behind the ring and the table lie, where there are such, a row before it is widened and the
+  // widened weights.
+  static int64_t widened_begin(const ConvProblem& p) {
+    const int64_t table = int64_t{2} * p.r * p.out_w * sizeof(void*);
+    return p.r * row_bytes(p) + align_line(table);
   }
 
   Input* row(int64_t number) { return reinterpret_cast<Input*>(ring_ + number * row_bytes(p_)); }
